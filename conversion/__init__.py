@@ -1,0 +1,1 @@
+"""Names, layouts and bytes of checkpoints; needs no JAX."""

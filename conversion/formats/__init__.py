@@ -1,0 +1,1 @@
+"""Tensors that another library quantised."""

@@ -1,0 +1,1 @@
+"""LoRA and QLoRA fine-tuning of language and vision-language models in JAX."""

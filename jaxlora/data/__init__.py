@@ -1,0 +1,1 @@
+"""Rows and images to numpy batches; no accelerator needed."""

@@ -1,0 +1,1 @@
+"""Storage formats of a Linear's weight; each is a leaf that multiplies."""
