@@ -1,0 +1,312 @@
+"""Layers, stacked and scanned; and the one door between stacked trees and paths.
+
+A block's structure is its static attributes and the shapes of its leaves: which Linears, in which format, with which adapter rank.
+Layers of equal structure are stacked on axis 0 and scanned; a pattern of structures (one full-attention layer after five sliding ones)
+is scanned by its shortest repeating period.
+"""
+
+import dataclasses
+import itertools
+import logging
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlora.errors import raise_all
+from jaxlora.nn.linear import Linear
+from jaxlora.select import expand
+from jaxlora.typing import Array, PRNGKeyArray
+
+log = logging.getLogger(__name__)
+
+MANY_RUNS = 8
+
+type Policy = Callable[..., Any]
+type Remat = Policy | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """``repeats`` periods of ``period`` layers each, from layer ``start``."""
+
+    start: int
+    period: int
+    repeats: int
+
+    @property
+    def stop(self) -> int:
+        """One past its last layer."""
+        return self.start + self.period * self.repeats
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """One ``start:stop:step`` a position in the period: the layers that are stacked together."""
+        return tuple(f"{self.start + p}:{self.stop}:{self.period}" for p in range(self.period))
+
+
+def layout(structures: Sequence[Hashable]) -> tuple[Run, ...]:
+    """Covers the layers by runs of repeating periods: at each layer the one that covers most, of these the shortest period.
+
+    >>> layout("aaaa")
+    (Run(start=0, period=1, repeats=4),)
+    >>> layout("aabaabaa")
+    (Run(start=0, period=3, repeats=2), Run(start=6, period=1, repeats=2))
+    """
+    runs, at, n = [], 0, len(structures)
+    while at < n:
+        best = Run(at, 1, 1)
+        for period in range(1, (n - at) // 2 + 1):
+            repeats = 1
+            while all(structures[at + repeats * period + i : at + repeats * period + i + 1] == structures[at + i : at + i + 1] for i in range(period)):
+                repeats += 1
+            if repeats > 1 and period * repeats > best.period * best.repeats:
+                best = Run(at, period, repeats)
+        runs.append(best)
+        at = best.stop
+    return tuple(runs)
+
+
+class Stack(nnx.Module):
+    """``len(blocks)`` layers; attribute ``start:stop:step`` holds the layers of that range, their leaves stacked on axis 0.
+
+    A block is called ``block(x, shared, per_layer) -> (x, out)``; ``path`` is the stack's own path in the model.
+    """
+
+    def __init__(self, blocks: Sequence[nnx.Module], *, path: str):
+        self.path = path
+        self.depth = len(blocks)
+        self.runs = layout([structure(block) for block in blocks])
+        for key in _keys(self.runs):
+            graphdef, states = _split_all([blocks[i] for i in range(*map(int, key.split(":")))])
+            setattr(self, key, nnx.merge(graphdef, jax.tree.map(lambda *leaves: _stack_leaves(leaves), *states)))
+        if len(self.runs) > MANY_RUNS:
+            log.warning("%s splits into %d runs, each compiled on its own; they begin at layers %s", path, len(self.runs), [r.start for r in self.runs])
+
+    def __call__(
+        self, x: Array, shared: Any = None, per_layer: Any = None, *, collect: Sequence[int] = (), remat: Remat = None, checkpoint: bool = False
+    ) -> tuple[Array, list[Array], Any]:
+        """Runs the layers in order; returns (x, collected, per_layer_out).
+
+        ``shared`` is closed over; ``per_layer`` is a pytree whose leaves have a leading layer axis; ``collect`` names layers whose
+        *input* is returned (index ``depth``: the output). With ``checkpoint``, each block is recomputed in the backward, but for what
+        the policy ``remat`` saves (None: nothing but its input).
+        """
+        inputs: dict[int, Array] = {}
+        outs: list[tuple[Sequence[int], Any]] = []
+        for run in self.runs:
+            x, states, run_outs = self._run(run, x, shared, per_layer, any(run.start <= i < run.stop for i in collect), remat, checkpoint)
+            for position, key in enumerate(run.keys):
+                layers = range(*map(int, key.split(":")))
+                outs.append((layers, run_outs[position]))
+                if states is not None:
+                    inputs.update({layer: states[position][i] for i, layer in enumerate(layers) if layer in collect})
+        if self.depth in collect:
+            inputs[self.depth] = x
+        return x, [inputs[i] for i in collect], _in_layer_order(outs)
+
+    def _run(self, run: Run, x: Array, shared: Any, per_layer: Any, collecting: bool, remat: Remat, checkpoint: bool) -> tuple[Array, Any, Any]:
+        splits = [nnx.split(getattr(self, key)) for key in run.keys]
+        extras = [jax.tree.map(lambda a, k=key: a[slice(*map(int, k.split(":")))], per_layer) for key in run.keys]
+
+        def block(position: int) -> Callable[..., Any]:
+            def call(state: Any, x: Array, extra: Any) -> Any:
+                # Named inside the recomputed function: an offloaded scan carry would silently stay on the device.
+                x = checkpoint_name(x, "block_input")
+                return nnx.merge(splits[position][0], state)(x, shared, extra)
+
+            return jax.checkpoint(call, policy=remat, prevent_cse=False) if checkpoint else call
+
+        calls = [block(position) for position in range(run.period)]
+
+        def body(x: Array, xs: Any) -> Any:
+            seen, results = [], []
+            for call, (state, extra) in zip(calls, xs, strict=True):
+                seen.append(x)
+                x, out = call(state, x, extra)
+                results.append(out)
+            return x, (seen if collecting else None, results)
+
+        xs = [(split[1], extra) for split, extra in zip(splits, extras, strict=True)]
+        x, (states, results) = jax.lax.scan(body, x, xs)
+        return x, states, results
+
+    def regroup(self, edit: Callable[[int, nnx.Module], None]) -> "Stack":
+        """Returns the stack after ``edit(layer, block)`` changed each layer's structure, its arrays moved into the new runs.
+
+        ``edit`` sees a block of abstract leaves; what it adds stays abstract, to be filled by the caller. Nothing is copied where the runs
+        stay as they are; elsewhere a leaf is moved at a time, and this stack is emptied so that its arrays are freed as they move.
+        """
+        blocks = [self._abstract_block(i) for i in range(self.depth)]
+        for i, block in enumerate(blocks):
+            edit(i, block)
+        new = Stack(blocks, path=self.path)
+        old = flatten_leaves(nnx.to_pure_dict(nnx.state(self)))
+        for key in _keys(self.runs):
+            delattr(self, key)
+        filled = nnx.to_pure_dict(nnx.state(new))
+        where = {path: (stacked, i) for stacked in old for i, path in enumerate(expand(stacked))}
+        left = {stacked: len(expand(stacked)) for stacked in old}
+        for stacked, leaf in flatten_leaves(filled).items():
+            paths = expand(stacked)
+            sources = [where.get(path) for path in paths]
+            if any(source is None for source in sources) or jax.tree.structure(leaf) != jax.tree.structure(old[sources[0][0]]):
+                continue
+            if stacked in old:
+                _put(filled, stacked, old[stacked])
+            else:
+                moved = jax.tree.map(lambda *a: _stack_leaves(a), *[jax.tree.map(lambda a, i=i: _take(a, i), old[s]) for s, i in sources])
+                _put(filled, stacked, moved)
+            for source, _ in sources:
+                left[source] -= 1
+                if not left[source]:
+                    del old[source]
+        nnx.update(new, filled)
+        return new
+
+    def dropout_keys(self, key: PRNGKeyArray) -> dict[str, Any] | None:
+        """One key a layer for each Linear that drops, by the Linear's last name: fold_in(key, crc32(HF path)); None if none drops."""
+        keys: dict[str, dict[str, Any]] = {}
+        for stacked, linear in linears(self).items():
+            if linear.lora is not None and linear.lora_dropout:
+                for path in expand(f"{self.path}.{stacked}"):
+                    layer = path.removeprefix(f"{self.path}.").split(".")[0]
+                    keys.setdefault(path.rpartition(".")[2], {})[layer] = fold_path(key, path)
+        if not keys:
+            return None
+        # A layer whose Linear has no adapter never uses its key.
+        return {name: jnp.stack([found.get(str(i), key) for i in range(self.depth)]) for name, found in keys.items()}
+
+    def _abstract_block(self, layer: int) -> nnx.Module:
+        key = next(k for k in _keys(self.runs) if layer in range(*map(int, k.split(":"))))
+        graphdef, state = nnx.split(getattr(self, key))
+        return nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state))
+
+
+def fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+    """The key of what ``path`` names: a draw depends on its meaning, never on its position in a stack."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def structure(block: nnx.Module) -> Hashable:
+    """What must agree for layers to be scanned together."""
+    graphdef, state = nnx.split(block)
+    leaves, treedef = jax.tree.flatten(state)
+    return graphdef, treedef, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
+
+
+def linears(module: nnx.Module) -> dict[str, Linear]:
+    """Every Linear by its (stacked) path."""
+    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if isinstance(node, Linear)}
+
+
+def linear_paths(module: nnx.Module) -> list[str]:
+    """The Hugging Face path of every Linear, layers expanded, in layer order."""
+    return sorted((path for stacked in linears(module) for path in expand(stacked)), key=_natural)
+
+
+def flatten_leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {stacked path: leaf}; a weight is one leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            flat.update(flatten_leaves(value, path))
+        else:
+            flat[path] = value
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten_leaves``."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        _put(tree, path, value, create=True)
+    return tree
+
+
+def iter_layers(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields (path, leaf of one layer) lazily: slices a stacked leaf only when it is reached."""
+    for stacked, leaf in flatten_leaves(tree).items():
+        paths = expand(stacked)
+        if paths == [stacked]:
+            yield stacked, leaf
+        else:
+            for i, path in enumerate(paths):
+                yield path, jax.tree.map(lambda a, i=i: _take(a, i), leaf)
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Stacked trees to paths: ``{"…layers.3.self_attn.q_proj.lora_A": array}``; a weight is one leaf."""
+    return dict(iter_layers(tree))
+
+
+def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths to a stacked tree of ``like``'s structure.
+
+    Raises:
+      ValueError: lists every path that is missing, too many, or of another shape.
+    """
+    leaves, faults, used = {}, [], set()
+    for stacked, leaf in flatten_leaves(like).items():
+        paths = expand(stacked)
+        used.update(paths)
+        missing = [path for path in paths if path not in flat]
+        faults += [f"{path}: missing" for path in missing]
+        if missing:
+            continue
+        parts = [flat[path] for path in paths]
+        built = parts[0] if paths == [stacked] else jax.tree.map(lambda *a: _stack_leaves(a), *parts)
+        shapes = [(jnp.shape(a), jnp.shape(b)) for a, b in zip(jax.tree.leaves(built), jax.tree.leaves(leaf), strict=True)]
+        faults += [f"{stacked}: shape {got}, expected {want}" for got, want in shapes if got != want]
+        leaves[stacked] = built
+    faults += [f"{path}: belongs nowhere" for path in flat if path not in used]
+    raise_all("these leaves do not fit the model", faults)
+    return nest(leaves)
+
+
+def _put(tree: dict[str, Any], path: str, value: Any, *, create: bool = False) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {}) if create else tree[key]
+    tree[last] = value
+
+
+def _keys(runs: Sequence[Run]) -> list[str]:
+    return list(itertools.chain.from_iterable(run.keys for run in runs))
+
+
+def _split_all(blocks: Sequence[nnx.Module]) -> tuple[Any, list[Any]]:
+    splits = [nnx.split(block) for block in blocks]
+    return splits[0][0], [state for _, state in splits]
+
+
+def _stack_leaves(leaves: Sequence[Any]) -> Any:
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    return jnp.stack(leaves)
+
+
+def _take(leaf: Any, i: int) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[i]
+
+
+def _in_layer_order(outs: list[tuple[Sequence[int], Any]]) -> Any:
+    if not jax.tree.leaves([out for _, out in outs]):
+        return None
+    if len(outs) == 1:
+        return outs[0][1]
+    order = list(itertools.chain.from_iterable(layers for layers, _ in outs))
+    inverse = jnp.asarray(sorted(range(len(order)), key=order.__getitem__))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[inverse], *[out for _, out in outs])
+
+
+def _natural(path: str) -> tuple[tuple[int, str], ...]:
+    return tuple((int(s), "") if s.isdigit() else (-1, s) for s in path.split("."))
+
+
+

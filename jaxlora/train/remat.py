@@ -1,0 +1,42 @@
+"""What ``use_gradient_checkpointing`` means: which activations a block keeps for its backward."""
+
+from typing import Any
+
+import jax
+
+from jaxlora.errors import nearest
+from jaxlora.nn.decoder import Execution
+
+CHOICES = (False, True, "unsloth", "dots")
+
+
+def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution:
+    """Returns how to run a forward pass that will be differentiated.
+
+    False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
+    memory; "dots" keeps matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work.
+
+    >>> execution(True).checkpoint, execution(False).checkpoint
+    (True, False)
+
+    Raises:
+      ValueError: another value.
+      NotImplementedError: "auto", which needs to compile the candidates first.
+    """
+    policies = jax.checkpoint_policies
+    match use_gradient_checkpointing:
+        case False:
+            return Execution(**other)
+        case True:
+            return Execution(checkpoint=True, remat=policies.nothing_saveable, **other)
+        case "unsloth":
+            offload = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"], offload_src="device", offload_dst="pinned_host"
+            )
+            return Execution(checkpoint=True, remat=offload, **other)
+        case "dots":
+            return Execution(checkpoint=True, remat=policies.save_only_these_names("dot", "attn_out", "attn_lse"), **other)
+        case "auto":
+            raise NotImplementedError('use_gradient_checkpointing="auto" is not available yet; choose True, False, "unsloth" or "dots"')
+    hint = nearest(str(use_gradient_checkpointing), ["unsloth", "dots"])
+    raise ValueError(f"use_gradient_checkpointing must be one of {CHOICES}, got {use_gradient_checkpointing!r}{hint}")

@@ -1,0 +1,72 @@
+"""What every storage format of a Linear's weight can do."""
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.typing import Array, Float
+
+type LowRank = tuple[Array, Array]
+
+
+class AbstractWeight(abc.ABC):
+    """A weight [O, I] in some storage format; a pytree of arrays with static metadata. Subclasses are final.
+
+    Invariants: ``w.matmul(x) == x @ w.dequantise().T`` and ``w.matmul_t(dy) == dy @ w.dequantise()``, up to the rounding of the product.
+    A leaf whose arrays carry one more leading axis is a stack of weights; it is sliced before it multiplies.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """The logical (out, in), whatever is stored."""
+
+    @property
+    @abc.abstractmethod
+    def trainable(self) -> bool:
+        """Whether a gradient with respect to the stored arrays exists."""
+
+    @abc.abstractmethod
+    def dequantise(self) -> Float[Array, "O I"]:
+        """The weight as one array in the dtype that the format decodes to."""
+
+    @abc.abstractmethod
+    def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> "AbstractWeight | None":
+        """The gradient of ``sum(dy * matmul(x))`` as a leaf of the same structure; None where ``trainable`` is False."""
+
+    def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
+        """x @ Wᵀ, plus u @ bᵀ where an update (u [N, R], b [O, R]) is given; in x's dtype. A format may fuse the update into its product."""
+        y = contract_last(x, self.dequantise().astype(x.dtype))
+        return y if update is None else y + contract_last(*update)
+
+    def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
+        """dy @ W, plus u @ a where an update (u [N, R], a [R, I]) is given; in dy's dtype. This is the input's gradient."""
+        dx = contract_first(dy, self.dequantise().astype(dy.dtype))
+        return dx if update is None else dx + contract_first(*update)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays, stacked axis included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+def contract_last(x: Float[Array, "N I"], w: Float[Array, "O I"]) -> Float[Array, "N O"]:
+    """x @ wᵀ: both operands contracted on their last axis."""
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
+
+
+def contract_first(dy: Float[Array, "N O"], w: Float[Array, "O I"]) -> Float[Array, "N I"]:
+    """dy @ w."""
+    return jax.lax.dot_general(dy, w, (((1,), (0,)), ((), ())))
+
+
+def outer(dy: Float[Array, "N O"], x: Float[Array, "N I"]) -> Float[Array, "O I"]:
+    """dyᵀ @ x, accumulated and returned in fp32."""
+    return jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array that is yet to be loaded."""
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
