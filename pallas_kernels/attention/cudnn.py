@@ -14,7 +14,7 @@ import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as binding
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._kernel import device
+from pallas_kernels import _kernel
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.spec import KeyValue, Query, Segments, Spec, key_ranges
 
@@ -35,7 +35,7 @@ def refuses(spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None)
         return "has no sinks"
     if spec.window is not None:
         return "a window together with packed offsets was never shown to be right"
-    return device().lacks((9, 0))
+    return _kernel.device().lacks((9, 0))
 
 
 def attention_forward(

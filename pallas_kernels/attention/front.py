@@ -72,7 +72,9 @@ def _attention(
 
 
 def _forward(backend, spec, q, k, v, sinks, segments):
-    out, lse = _BACKENDS[backend].attention_forward(spec, q, k, v, sinks, segments)
+    # Without this, a scan over layers takes what depends on the segments alone out of the call, and stores it: masks, even blocks of zeros.
+    whole = jax.checkpoint(_BACKENDS[backend].attention_forward, prevent_cse=False, static_argnums=0)
+    out, lse = whole(spec, q, k, v, sinks, segments)
     out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
     return out, (q, k, v, sinks, segments, out, lse)
 

@@ -19,7 +19,7 @@ def runs():
             for dtype in kernel.tolerance:
                 made = kernel.cases[case](jnp.dtype(dtype))
                 for backend in kernel.backends:
-                    with h200.mesh():
+                    with h200.pretended():
                         refused = kernel.refuses(backend, **made.arrays, **made.static)
                     if refused is None:
                         marks = [pytest.mark.gpu] if backend in GPU_BACKENDS else []
