@@ -1,0 +1,7 @@
+"""Attention over packed rows: one entry, one reference, several backends."""
+
+from pallas_kernels.attention.cudnn import check_packing as check_cudnn_packing
+from pallas_kernels.attention.front import KERNEL, attention
+from pallas_kernels.attention.reference import reference
+
+__all__ = ["KERNEL", "attention", "check_cudnn_packing", "reference"]

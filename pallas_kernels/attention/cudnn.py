@@ -1,0 +1,137 @@
+"""Packed attention by cuDNN on Hopper and later, through JAX's private binding.
+
+`jax.nn.dot_product_attention` has no packed form: the primitives below it take segments, and this module is the one place that touches them.
+cuDNN wants, for B rows of at most M segments, the lengths [B, M] and the starts [B, M + 1], both padded with -1. The last column of the starts
+stays -1: an end there makes every row but the first wrong, silently, which is why `check_packing` runs before the first use.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo as binding
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _kernel
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.spec import KeyValue, Query, Segments, Spec, key_ranges
+
+_WIDEST_HEAD = 256
+
+
+def refuses(spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None) -> str | None:
+    """Why cuDNN cannot run this call here, or None."""
+    if not jax.__version__.startswith("0.11."):
+        return f"the private binding was read for jax 0.11, this is {jax.__version__}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, got {q.dtype}"
+    if q.shape[3] % 8 or q.shape[3] > _WIDEST_HEAD:
+        return f"needs a head size that is a multiple of 8 and at most {_WIDEST_HEAD}, got {q.shape[3]}"
+    if spec.softcap is not None:
+        return "has no soft-cap"
+    if sinks is not None:
+        return "has no sinks"
+    if spec.window is not None:
+        return "a window together with packed offsets was never shown to be right"
+    return _kernel.device().lacks((9, 0))
+
+
+def attention_forward(
+    spec: Spec, q: Query, k: KeyValue, v: KeyValue, sinks: None, segments: Segments
+) -> tuple[Float[Array, "B S H C"], Float[Array, "N H S"]]:
+    """The output in q's dtype, and cuDNN's f32 softmax statistics, one row a segment (N = B * M), for `attention_backward` only."""
+    arguments, options = _packed(spec, q, k, v, segments)
+    out, statistics = binding._dot_product_attention_fwd_p_wrapper.bind(*arguments, **options, is_training=True)
+    return _zero_outside(spec, segments, out), statistics
+
+
+def attention_backward(
+    spec: Spec,
+    q: Query,
+    k: KeyValue,
+    v: KeyValue,
+    sinks: None,
+    segments: Segments,
+    saved: tuple[Float[Array, "B S H C"], Float[Array, "N H S"]],
+    dout: Query,
+) -> tuple[Query, KeyValue, KeyValue, None]:
+    """dq, dk, dv and no dsinks; ``saved`` is what the forward pass returned."""
+    arguments, options = _packed(spec, q, k, v, segments)
+    out, statistics = saved
+    grads = binding._dot_product_attention_bwd_p_wrapper.bind(*arguments, statistics, out, dout, **options)
+    dq, dk, dv = (_zero_outside(spec, segments, x) for x in grads)
+    return dq, dk, dv, None
+
+
+@functools.cache
+def check_packing() -> None:
+    """Compares cuDNN with "xla" on two rows of 128 tokens in two segments, forward and backward; costs a second, once a process.
+
+    Raises:
+      RuntimeError: they differ, so this cuDNN or JAX reads the offsets differently.
+    """
+    # The caller may be inside a trace; the check needs values.
+    with jax.ensure_compile_time_eval():
+        errors = packing_errors(attention_forward, attention_backward)
+    if not max(errors.values()) < 2e-2:
+        raise RuntimeError(
+            f"packed cuDNN attention differs from the blockwise path by {errors} (relative), where bfloat16 explains 0.01; "
+            "this version of cuDNN or JAX reads segment offsets differently. Pass backend='xla' until it is fixed"
+        )
+
+
+def packing_errors(forward: Any, backward: Any) -> dict[str, float]:
+    """Relative errors of out, dq, dk, dv of a (forward, backward) pair against "xla" on a case that a wrong offset convention fails."""
+    spec = Spec(causal=True, scale=0.125, window=None, softcap=None)
+    draw = np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(draw.standard_normal((2, 128, 2, 64)), jnp.bfloat16) for _ in range(4))
+    segments = (jnp.array([[0, 48, 0], [0, 80, 0]], jnp.int32), jnp.array([[48, 80, 0], [80, 40, 0]], jnp.int32))
+
+    def run(forward: Any, backward: Any) -> dict[str, np.ndarray]:
+        saved = forward(spec, q, k, v, None, segments)
+        results = (saved[0], *backward(spec, q, k, v, None, segments, saved, dout)[:3])
+        return {name: np.asarray(x, np.float64) for name, x in zip(("out", "dq", "dk", "dv"), results, strict=True)}
+
+    right, found = run(xla.attention_forward, xla.attention_backward), run(forward, backward)
+    return {name: float(np.linalg.norm(found[name] - right[name]) / np.linalg.norm(right[name])) for name in right}
+
+
+def _packed(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    """The operands and options that the forward and the backward primitive share."""
+    lengths, offsets = packed_segments(segments)
+    unused = jnp.zeros(0, q.dtype)
+    options = {
+        "scale": spec.scale,
+        "seed": 42,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),
+        "mask_type": binding.MaskType.PADDING_CAUSAL if spec.causal else binding.MaskType.PADDING,
+        "layout": binding.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+    }
+    return (q, k, v, unused, lengths, lengths, offsets, offsets, unused, unused), options
+
+
+def packed_segments(segments: Segments) -> tuple[Int[Array, "B m"], Int[Array, "B n"]]:
+    """Lengths and starts as cuDNN reads them: -1 where unused, the starts with one more column of -1.
+
+    >>> import jax.numpy as jnp
+    >>> lengths, offsets = packed_segments((jnp.array([[0, 3]]), jnp.array([[3, 0]])))
+    >>> lengths.tolist(), offsets.tolist()
+    ([[3, -1]], [[0, -1, -1]])
+    """
+    starts, lengths = (x.astype(jnp.int32) for x in segments)
+    # JAX takes a single column for "not packed" and then ignores the start.
+    spare = 1 if starts.shape[1] == 1 else 0
+    lengths = jnp.pad(lengths, ((0, 0), (0, spare)))
+    starts = jnp.pad(starts, ((0, 0), (0, spare + 1)))
+    used = lengths > 0
+    return jnp.where(used, lengths, -1), jnp.where(jnp.pad(used, ((0, 0), (0, 1))), starts, -1)
+
+
+def _zero_outside(spec: Spec, segments: Segments, x: Float[Array, "B S A C"]) -> Float[Array, "B S A C"]:
+    # cuDNN does not write the positions that are in no segment.
+    lo, hi = key_ranges(spec, segments, x.shape[1])
+    return jnp.where((hi > lo)[:, :, None, None], x, jnp.zeros((), x.dtype))

@@ -1,0 +1,50 @@
+"""Every kernel x case x backend x dtype against its reference: result and every gradient of the contract."""
+
+import functools
+
+import h200
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import KERNELS
+
+GPU_BACKENDS = {"cudnn", "mosaic", "triton"}
+
+
+def runs():
+    for kernel in KERNELS.values():
+        for case in kernel.cases:
+            for dtype in kernel.tolerance:
+                made = kernel.cases[case](jnp.dtype(dtype))
+                for backend in kernel.backends:
+                    with h200.pretended():
+                        refused = kernel.refuses(backend, **made.arrays, **made.static)
+                    if refused is None:
+                        marks = [pytest.mark.gpu] if backend in GPU_BACKENDS else []
+                        yield pytest.param(kernel.name, case, backend, dtype, marks=marks, id=f"{kernel.name}-{case}-{backend}-{dtype}")
+
+
+@pytest.mark.parametrize(("name", "case_name", "backend", "dtype"), list(runs()))
+def test_result_and_gradients_equal_the_reference(name, case_name, backend, dtype):
+    kernel = KERNELS[name]
+    case = kernel.cases[case_name](jnp.dtype(dtype))
+    varied = {n: case.arrays[n] for n in case.wrt}
+    fixed = {n: x for n, x in case.arrays.items() if n not in case.wrt}
+
+    def value_and_gradients(call):
+        out, pull = jax.vjp(lambda varied: call(**varied, **fixed, **case.static), varied)
+        cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(out.shape), out.dtype)
+        return {"result": out, **pull(cotangent)[0]}
+
+    expected = jax.jit(lambda: value_and_gradients(kernel.reference))()
+    found = jax.jit(lambda: value_and_gradients(functools.partial(kernel.backends[backend], **case.tuning)))()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    errors = jax.tree.map(relative_error, found, expected)
+    assert max(jax.tree.leaves(errors)) <= kernel.tolerance[dtype], errors
+
+
+def relative_error(found, expected) -> float:
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))

@@ -1,0 +1,83 @@
+"""A tokenizer of a few hundred entries, trained on the spot, in the files that a checkpoint folder has."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+Family = Literal["llama", "qwen2_vl"]
+
+TEXT = [
+    "A small boat crossed the cold river at dawn, and nobody on the bank said a word about it.",
+    "What is the total on this receipt? The total is 41.70, tax included, and the date is 3 May.",
+    "system user assistant tool: you are a helpful assistant who reads tables, forms and letters.",
+    "Describe the picture in one sentence. It shows two red apples on a wooden table near a window.",
+    "def area(width, height):\n    return width * height\n\nprint(area(3, 4))  # 12\n",
+    "Question: how many people are there? Answer: there are four people and a dog.",
+]
+
+SPECIAL_TOKENS = {
+    "llama": ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
+    "qwen2_vl": [
+        *["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"],
+        *["<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"],
+    ],
+}
+
+ROLES = {
+    "llama": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|pad|>"},
+    "qwen2_vl": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+}
+
+CHAT_TEMPLATES = {
+    "llama": (
+        "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "qwen2_vl": (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+        "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+
+PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    **{"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 1 / 255, "resample": 3},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    **{"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2},
+    "size": {"shortest_edge": 3136, "longest_edge": 1003520},
+}
+
+
+def make_tokenizer(folder: str | Path, family: Family = "llama") -> Path:
+    """Writes tokenizer files and chat_template.jinja, and for qwen2_vl preprocessor_config.json; returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    special = SPECIAL_TOKENS[family]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(special) + 256 + 120,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "padding_side": "right", **ROLES[family]}
+    config["additional_special_tokens"] = [token for token in special if token not in ROLES[family].values()]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES[family])
+    if family == "qwen2_vl":
+        (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
+    return folder
