@@ -17,7 +17,8 @@ class Case:
     """Arguments of one call, for tests and benchmarks.
 
     ``call(**arrays, **static)`` for the reference, ``call(**arrays, **static, **tuning)`` for a backend: ``tuning`` holds what may change
-    speed and memory but no result. ``wrt`` names the arrays whose gradients the contract covers."""
+    speed and memory but no result. ``wrt`` names the arrays whose gradients the contract covers.
+    """
 
     arrays: Mapping[str, Any]
     static: Mapping[str, Any]

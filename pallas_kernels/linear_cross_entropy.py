@@ -150,7 +150,7 @@ def _sum_over_chunks(
         dh = _dot(g, head)
         if spec.weight_grad:
             dweight += _dot(g.T, h)
-        if adapter is not None:
+        if adapter is not None and z is not None:
             a, b, scale = adapter
             gb = _dot(g, b)
             dh += scale * _dot(gb.astype(a.dtype), a)
@@ -235,7 +235,7 @@ def _case(dtype: Any, *, shape: tuple[int, int, int], labelled: float = 0.6, ran
     """``shape`` is (N, D, V); ``labelled`` is the share of tokens with a label."""
     draw = np.random.default_rng(0)
     n, d, v = shape
-    arrays = {
+    arrays: dict[str, Any] = {
         "hidden": jnp.asarray(draw.standard_normal((n, d)), dtype),
         "weight": jnp.asarray(draw.standard_normal((v, d)) * d**-0.5, dtype),
         "labels": jnp.asarray(np.where(draw.random(n) < labelled, draw.integers(0, v, n), -100), jnp.int32),

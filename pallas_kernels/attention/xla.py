@@ -8,7 +8,8 @@ sink:
     dv = p^T dout,  dk = ds^T q,  dq = ds k,  dsink = -sum exp(sink - lse) * delta
 
 Memory is O(S * block); a pair of blocks that no segment joins (or that the causal or window bound separates, in every row) is never
-visited."""
+visited.
+"""
 
 import dataclasses
 import functools
@@ -50,20 +51,20 @@ def attention_forward(
         qi, lo_i, hi_i = tiles.take(qh, i, 3), tiles.take(lo, i, 1), tiles.take(hi, i, 1)
 
         def key_block(j: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            m, l, acc = state
+            m, total, acc = state
             vj = tiles.take(vh, j, 2)
             logits, visible, _ = _logits(spec, qi, tiles.take(kh, j, 2), tiles.visible(lo_i, hi_i, j))
             m_new = jnp.maximum(m, jnp.max(jnp.where(visible, logits, _MASKED), axis=-1))
             p = jnp.where(visible, jnp.exp(logits - m_new[..., None]), 0.0)
             rescale = jnp.exp(m - m_new)
             pv = jnp.einsum("bkgqt,bktc->bkgqc", p.astype(vj.dtype), vj, preferred_element_type=jnp.float32)
-            return m_new, l * rescale + jnp.sum(p, axis=-1), acc * rescale[..., None] + pv
+            return m_new, total * rescale + jnp.sum(p, axis=-1), acc * rescale[..., None] + pv
 
-        m, l = _initial(sinks, shape)
-        m, l, acc = tiles.loop(first[i], last[i], key_block, (m, l, jnp.zeros((*shape, q.shape[3]), jnp.float32)))
-        alive = l > 0
-        l = jnp.where(alive, l, 1.0)
-        return (acc / l[..., None]).astype(q.dtype), jnp.where(alive, m + jnp.log(l), 0.0)
+        m, total = _initial(sinks, shape)
+        m, total, acc = tiles.loop(first[i], last[i], key_block, (m, total, jnp.zeros((*shape, q.shape[3]), jnp.float32)))
+        alive = total > 0
+        total = jnp.where(alive, total, 1.0)
+        return (acc / total[..., None]).astype(q.dtype), jnp.where(alive, m + jnp.log(total), 0.0)
 
     out, lse = tiles.map(query_block)
     out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
