@@ -16,8 +16,8 @@ _LOG = logging.getLogger("pallas_kernels")
 class Case:
     """Arguments of one call, for tests and benchmarks.
 
-    ``call(**arrays, **static)`` for the reference, ``call(**arrays, **static, **tuning)`` for a backend: ``tuning`` holds what may change speed
-    and memory but no result. ``wrt`` names the arrays whose gradients the contract covers.
+    ``call(**arrays, **static)`` for the reference, ``call(**arrays, **static, **tuning)`` for a backend: ``tuning`` holds what may change
+    speed and memory but no result. ``wrt`` names the arrays whose gradients the contract covers.
     """
 
     arrays: Mapping[str, Any]
@@ -59,8 +59,8 @@ def device() -> Device:
 class Kernel:
     """One operation: what it means, and the ways to compute it.
 
-    ``reference`` is the contract: plain JAX in f32, slow and obvious. ``backends`` are public-signature callables in the order in which "auto"
-    tries them. ``refuses(backend, *args, **kwargs)`` says why a backend cannot run this call here, or None. ``cases`` are factories
+    ``reference`` is the contract: plain JAX in f32, slow and obvious. ``backends`` are public-signature callables in the order in which
+    "auto" tries them. ``refuses(backend, *args, **kwargs)`` says why a backend cannot run this call here, or None. ``cases`` are factories
     ``dtype -> Case``. ``tolerance`` is the largest relative error (Frobenius norm, against the reference on the same inputs) by dtype name.
     """
 

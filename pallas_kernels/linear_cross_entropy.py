@@ -6,10 +6,9 @@ For one labelled token with hidden state h, head W and optional adapter (a, b, s
     g = (softmax(t) - onehot(label)) * (1 - (t / softcap)^2) * logit_scale
     dh = W^T g + scale * a^T b^T g,  dW = g h^T,  da = scale * b^T g h^T,  db = scale * g (a h)^T,  dscale = (a h) . (b^T g)
 
-The loss is a sum, so the gradients of a chunk need nothing from the other chunks: they are computed beside its loss, while its logits are there,
-and the backward pass only multiplies them by the cotangent. Chunking over the vocabulary instead is Cut Cross-Entropy (Wijmans et al. 2024,
-arXiv:2411.09009); computing the gradients in the forward pass is Liger Kernel's idea (Hsu et al. 2024, arXiv:2410.10989).
-"""
+The loss is a sum, so the gradients of a chunk need nothing from the other chunks: they are computed beside its loss, while its logits are
+there, and the backward pass only multiplies them by the cotangent. Chunking over the vocabulary instead is Cut Cross-Entropy (Wijmans et
+al. 2024, arXiv:2411.09009); computing the gradients in the forward pass is Liger Kernel's idea (Hsu et al. 2024, arXiv:2410.10989)."""
 
 import dataclasses
 import functools
@@ -44,12 +43,12 @@ def linear_cross_entropy(
     """The f32 sum over tokens of -log softmax(cap(logit_scale * (hidden W^T + scale * (hidden a^T) b^T)))[label]; the caller divides.
 
     A token labelled ``ignore_index`` counts for nothing and costs nothing: labelled tokens are compacted to the front and a while loop runs
-    ceil(labelled / chunk) times. Without labels the loss and all gradients are 0. A label outside [0, V) makes the loss NaN: a traced function
-    cannot raise.
+    ceil(labelled / chunk) times. Without labels the loss and all gradients are 0. A label outside [0, V) makes the loss NaN: a traced
+    function cannot raise.
 
     Products in hidden's dtype, accumulated in f32; softmax, loss and the sums over chunks in f32; each gradient in its argument's dtype.
-    ``weight_grad=False`` says that the head is frozen: its gradient is then 0, and no [V, D] buffer is made. Memory is O(chunk * V), plus an f32
-    [V, D] with ``weight_grad``; `jax.value_and_grad` runs one pass, a call without differentiation computes no gradient.
+    ``weight_grad=False`` says that the head is frozen: its gradient is then 0, and no [V, D] buffer is made. Memory is O(chunk * V), plus
+    an f32 [V, D] with ``weight_grad``; `jax.value_and_grad` runs one pass, a call without differentiation computes no gradient.
 
     >>> import jax.numpy as jnp
     >>> loss = linear_cross_entropy(jnp.ones((3, 2)), jnp.zeros((4, 2)), jnp.array([1, -100, 3]), weight_grad=False)
@@ -61,7 +60,11 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, labels, lora, softcap, chunk)
     spec = _Spec(
-        chunk=min(chunk, max(hidden.shape[0], 1)), weight_grad=weight_grad, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+        chunk=min(chunk, max(hidden.shape[0], 1)),
+        weight_grad=weight_grad,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
     )
     return _loss(spec, hidden, weight, lora, labels)
 
@@ -136,7 +139,7 @@ def _sum_over_chunks(
     head = weight.astype(hidden.dtype)
     adapter = None if lora is None else (lora[0].astype(hidden.dtype), lora[1].astype(hidden.dtype), lora[2].astype(jnp.float32))
 
-    def add_chunk(i: Array, sums: tuple[Array, Any]) -> tuple[Array, Any]:
+    def add_chunk(i: Array | int, sums: tuple[Array, Any]) -> tuple[Array, Any]:
         loss, (dhidden, dweight, dlora) = sums
         rows = lax.dynamic_slice_in_dim(tokens, i * spec.chunk, spec.chunk)
         h = hidden.at[rows].get(mode="fill", fill_value=0)
@@ -147,7 +150,7 @@ def _sum_over_chunks(
         dh = _dot(g, head)
         if spec.weight_grad:
             dweight += _dot(g.T, h)
-        if adapter is not None:
+        if adapter is not None and z is not None:
             a, b, scale = adapter
             gb = _dot(g, b)
             dh += scale * _dot(gb.astype(a.dtype), a)
@@ -232,7 +235,7 @@ def _case(dtype: Any, *, shape: tuple[int, int, int], labelled: float = 0.6, ran
     """``shape`` is (N, D, V); ``labelled`` is the share of tokens with a label."""
     draw = np.random.default_rng(0)
     n, d, v = shape
-    arrays = {
+    arrays: dict[str, Any] = {
         "hidden": jnp.asarray(draw.standard_normal((n, d)), dtype),
         "weight": jnp.asarray(draw.standard_normal((v, d)) * d**-0.5, dtype),
         "labels": jnp.asarray(np.where(draw.random(n) < labelled, draw.integers(0, v, n), -100), jnp.int32),

@@ -13,12 +13,23 @@ _TWO_ROWS = ([(0, 5), (5, 9), (14, 4)], [(0, 17)])
 
 
 def _case(
-    dtype: Any, *, length: int, heads: tuple[int, int], width: int, rows: Sequence[Sequence[tuple[int, int]]], sinks: bool = False, **static: Any
+    dtype: Any,
+    *,
+    length: int,
+    heads: tuple[int, int],
+    width: int,
+    rows: Sequence[Sequence[tuple[int, int]]],
+    sinks: bool = False,
+    **static: Any,
 ) -> Case:
     """``rows`` holds the (start, length) pairs of each row; ``heads`` is (query heads, key heads)."""
     draw = np.random.default_rng(0)
-    shapes = {"q": (len(rows), length, heads[0], width), "k": (len(rows), length, heads[1], width), "v": (len(rows), length, heads[1], width)}
-    arrays = {name: jnp.asarray(draw.standard_normal(shape), dtype) for name, shape in shapes.items()}
+    shapes = {
+        "q": (len(rows), length, heads[0], width),
+        "k": (len(rows), length, heads[1], width),
+        "v": (len(rows), length, heads[1], width),
+    }
+    arrays: dict[str, Any] = {name: jnp.asarray(draw.standard_normal(shape), dtype) for name, shape in shapes.items()}
     if sinks:
         arrays["sinks"] = jnp.asarray(draw.standard_normal(heads[0]), jnp.float32)
     segments = np.zeros((2, len(rows), max(map(len, rows)) + 1), np.int32)

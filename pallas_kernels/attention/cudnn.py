@@ -1,8 +1,8 @@
 """Packed attention by cuDNN on Hopper and later, through JAX's private binding.
 
-`jax.nn.dot_product_attention` has no packed form: the primitives below it take segments, and this module is the one place that touches them.
-cuDNN wants, for B rows of at most M segments, the lengths [B, M] and the starts [B, M + 1], both padded with -1. The last column of the starts
-stays -1: an end there makes every row but the first wrong, silently, which is why `check_packing` runs before the first use.
+`jax.nn.dot_product_attention` has no packed form: the primitives below it take segments, and this module is the one place that touches
+them. cuDNN wants, for B rows of at most M segments, the lengths [B, M] and the starts [B, M + 1], both padded with -1. The last column of
+the starts stays -1: an end there makes every row but the first wrong, silently, which is why `check_packing` runs before the first use.
 """
 
 import functools

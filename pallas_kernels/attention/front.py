@@ -31,13 +31,13 @@ def attention(
 ) -> Float[Array, "B S H C"]:
     """Softmax attention inside the segments of packed rows: out_i = sum_j p_ij v_j, p_i = softmax_j(cap(scale * q_i k_j)).
 
-    Query i sees key j when both are in the same segment, j <= i if ``causal``, and j > i - ``window`` if there is one. Query head h reads key
-    head h // (H // K). ``segments`` is (starts, lengths), int32, in tokens, contiguous and disjoint within a row; an unused entry has length 0. A
-    position in no segment gives exactly zero and takes no gradient. cap(s) = softcap * tanh(s / softcap). ``sinks`` are one more logit a head,
-    neither scaled nor capped, that takes part in the softmax and has no value. ``scale`` is C**-0.5 unless given.
+    Query i sees key j when both are in the same segment, j <= i if ``causal``, and j > i - ``window`` if there is one. Query head h reads
+    key head h // (H // K). ``segments`` is (starts, lengths), int32, in tokens, contiguous and disjoint within a row; an unused entry has
+    length 0. A position in no segment gives exactly zero and takes no gradient. cap(s) = softcap * tanh(s / softcap). ``sinks`` are one
+    more logit a head, neither scaled nor capped, that takes part in the softmax and has no value. ``scale`` is C**-0.5 unless given.
 
-    Softmax in f32; products in the dtype of q, accumulated in f32; the result in q's dtype. Under `jax.checkpoint` a policy that saves the names
-    "attn_out" and "attn_lse" keeps the backward pass from running the forward attention again.
+    Softmax in f32; products in the dtype of q, accumulated in f32; the result in q's dtype. Under `jax.checkpoint` a policy that saves the
+    names "attn_out" and "attn_lse" keeps the backward pass from running the forward attention again.
 
     >>> import jax.numpy as jnp
     >>> v = jnp.array([2.0, 4.0, 9.0]).reshape(1, 3, 1, 1)

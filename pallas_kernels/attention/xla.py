@@ -1,12 +1,14 @@
 """Attention in plain XLA: blockwise with an online softmax, in any dtype, on any platform.
 
-The equations are those of FlashAttention-2 (Dao 2023, arXiv:2307.08691). With s = cap(scale * q k^T), visible keys only, and an optional sink:
+The equations are those of FlashAttention-2 (Dao 2023, arXiv:2307.08691). With s = cap(scale * q k^T), visible keys only, and an optional
+sink:
 
     m = max s,  l = sum exp(s - m) [+ exp(sink - m)],  out = sum exp(s - m) v / l,  lse = m + log l
     p = exp(s - lse),  delta = sum_c dout * out,  ds = p * (dout v^T - delta) * cap'(s) * scale
     dv = p^T dout,  dk = ds^T q,  dq = ds k,  dsink = -sum exp(sink - lse) * delta
 
-Memory is O(S * block); a pair of blocks that no segment joins (or that the causal or window bound separates, in every row) is never visited.
+Memory is O(S * block); a pair of blocks that no segment joins (or that the causal or window bound separates, in every row) is never
+visited.
 """
 
 import dataclasses
@@ -25,6 +27,9 @@ _MASKED = -1e30
 _LARGEST_BLOCK = 512
 _TILE_ELEMENTS = 2**24
 
+# A loop counts with an int under `jax.disable_jit`.
+type Index = Int[Array, ""] | int
+
 
 def refuses(spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None) -> str | None:
     """Nothing is refused: every other backend falls back to this one."""
@@ -42,24 +47,24 @@ def attention_forward(
     qh, kh, vh = tiles.queries(q, k.shape[2]), tiles.keys(k), tiles.keys(v)
     shape = (*qh.shape[:3], tiles.block)
 
-    def query_block(i: Array) -> tuple[Array, Array]:
+    def query_block(i: Index) -> tuple[Array, Array]:
         qi, lo_i, hi_i = tiles.take(qh, i, 3), tiles.take(lo, i, 1), tiles.take(hi, i, 1)
 
-        def key_block(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            m, l, acc = state
+        def key_block(j: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            m, total, acc = state
             vj = tiles.take(vh, j, 2)
             logits, visible, _ = _logits(spec, qi, tiles.take(kh, j, 2), tiles.visible(lo_i, hi_i, j))
             m_new = jnp.maximum(m, jnp.max(jnp.where(visible, logits, _MASKED), axis=-1))
             p = jnp.where(visible, jnp.exp(logits - m_new[..., None]), 0.0)
             rescale = jnp.exp(m - m_new)
             pv = jnp.einsum("bkgqt,bktc->bkgqc", p.astype(vj.dtype), vj, preferred_element_type=jnp.float32)
-            return m_new, l * rescale + jnp.sum(p, axis=-1), acc * rescale[..., None] + pv
+            return m_new, total * rescale + jnp.sum(p, axis=-1), acc * rescale[..., None] + pv
 
-        m, l = _initial(sinks, shape)
-        m, l, acc = tiles.loop(first[i], last[i], key_block, (m, l, jnp.zeros((*shape, q.shape[3]), jnp.float32)))
-        alive = l > 0
-        l = jnp.where(alive, l, 1.0)
-        return (acc / l[..., None]).astype(q.dtype), jnp.where(alive, m + jnp.log(l), 0.0)
+        m, total = _initial(sinks, shape)
+        m, total, acc = tiles.loop(first[i], last[i], key_block, (m, total, jnp.zeros((*shape, q.shape[3]), jnp.float32)))
+        alive = total > 0
+        total = jnp.where(alive, total, 1.0)
+        return (acc / total[..., None]).astype(q.dtype), jnp.where(alive, m + jnp.log(total), 0.0)
 
     out, lse = tiles.map(query_block)
     out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
@@ -95,10 +100,10 @@ def attention_backward(
     lse = tiles.pad(lse, axis=2).reshape(qh.shape[:4])
     delta = tiles.queries(delta[..., None], heads)[..., 0]
 
-    def key_block(dq: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
+    def key_block(dq: Array, j: Index) -> tuple[Array, tuple[Array, Array]]:
         kj, vj = tiles.take(kh, j, 2), tiles.take(vh, j, 2)
 
-        def query_block(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def query_block(i: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
             qi, dout_i = tiles.take(qh, i, 3), tiles.take(douth, i, 3)
             lse_i, delta_i = tiles.take(lse, i, 3), tiles.take(delta, i, 3)
@@ -174,13 +179,13 @@ class _Tiles:
     def keys(self, x: KeyValue) -> Float[Array, "B K s C"]:
         return jnp.moveaxis(self.pad(x, axis=1), 1, 2)
 
-    def take(self, x: Array, i: Array, axis: int) -> Array:
+    def take(self, x: Array, i: Index, axis: int) -> Array:
         return x if self.count == 1 else lax.dynamic_slice_in_dim(x, i * self.block, self.block, axis)
 
-    def add(self, x: Float[Array, "B K G s C"], i: Array, block: Float[Array, "B K G q C"]) -> Float[Array, "B K G s C"]:
+    def add(self, x: Float[Array, "B K G s C"], i: Index, block: Float[Array, "B K G q C"]) -> Float[Array, "B K G s C"]:
         return x + block if self.count == 1 else lax.dynamic_update_slice_in_dim(x, self.take(x, i, 3) + block, i * self.block, 3)
 
-    def visible(self, lo: Int[Array, "B q"], hi: Int[Array, "B q"], j: Array) -> Bool[Array, "B 1 1 q t"]:
+    def visible(self, lo: Int[Array, "B q"], hi: Int[Array, "B q"], j: Index) -> Bool[Array, "B 1 1 q t"]:
         key = (j * self.block + jnp.arange(self.block))[None, None, None, None, :]
         lo, hi = lo[:, None, None, :, None], hi[:, None, None, :, None]
         return (key >= lo) & (key < hi)
@@ -193,14 +198,14 @@ class _Tiles:
         edges = self.block * jnp.arange(self.count + 1)
         return (lowest[:, None] < edges[None, 1:]) & (highest[:, None] > edges[None, :-1])
 
-    def loop[T](self, first: Array, last: Array, body: Callable[[Array, T], T], state: T) -> T:
+    def loop[T](self, first: Array, last: Array, body: Callable[[Index, T], T], state: T) -> T:
         return body(jnp.zeros((), jnp.int32), state) if self.count == 1 else lax.fori_loop(first, last, body, state)
 
-    def map[T](self, body: Callable[[Array], T]) -> T:
+    def map[T](self, body: Callable[[Index], T]) -> T:
         """``body`` of every block index, results stacked on a new first axis."""
         return self.scan(lambda _, i: (None, body(i)), None)[1]
 
-    def scan[C, T](self, body: Callable[[C, Array], tuple[C, T]], carry: C) -> tuple[C, T]:
+    def scan[C, T](self, body: Callable[[C, Index], tuple[C, T]], carry: C) -> tuple[C, T]:
         if self.count > 1:
             return lax.scan(body, carry, jnp.arange(self.count))
         carry, result = body(carry, jnp.zeros((), jnp.int32))

@@ -145,7 +145,7 @@ def cut(suffix):
         (edit_state(blocksize=0), "must be positive integers"),
         (edit_state(blocksize=True), "must be positive integers"),
         (edit_state(dtype="float8"), "dtype is 'float8'"),
-        (edit_state(nested_offset="x"), "nested_offset 'x'"),
+        (edit_state(nested_offset="x"), "nested_offset is 'x'"),
         (lambda t: t.pop("nf4.double.weight.nested_absmax"), "lacks parts of its quantisation state:\n  - nested_absmax"),
         (lambda t: t.pop("nf4.double.weight.quant_state.bitsandbytes__nf4"), "is the checkpoint complete"),
     ],

@@ -33,13 +33,14 @@ def test_result_and_gradients_equal_the_reference(name, case_name, backend, dtyp
     varied = {n: case.arrays[n] for n in case.wrt}
     fixed = {n: x for n, x in case.arrays.items() if n not in case.wrt}
 
-    def value_and_gradients(call):
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(call, varied, fixed):
         out, pull = jax.vjp(lambda varied: call(**varied, **fixed, **case.static), varied)
         cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(out.shape), out.dtype)
         return {"result": out, **pull(cotangent)[0]}
 
-    expected = jax.jit(lambda: value_and_gradients(kernel.reference))()
-    found = jax.jit(lambda: value_and_gradients(functools.partial(kernel.backends[backend], **case.tuning)))()
+    expected = value_and_gradients(kernel.reference, varied, fixed)
+    found = value_and_gradients(functools.partial(kernel.backends[backend], **case.tuning), varied, fixed)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     errors = jax.tree.map(relative_error, found, expected)
     assert max(jax.tree.leaves(errors)) <= kernel.tolerance[dtype], errors

@@ -1,0 +1,230 @@
+import functools
+
+import h200
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import attention
+from pallas_kernels.attention import cudnn, front, xla
+from pallas_kernels.attention.reference import reference
+
+
+def qkv(length, *, rows=1, heads=2, kv_heads=1, width=8, dtype=jnp.float32):
+    draw = np.random.default_rng(0)
+    shapes = [(rows, length, h, width) for h in (heads, kv_heads, kv_heads)]
+    return [jnp.asarray(draw.standard_normal(shape), dtype) for shape in shapes]
+
+
+def segments(*pairs):
+    return tuple(jnp.asarray(x, jnp.int32)[None] for x in zip(*pairs, strict=True))
+
+
+def test_positions_in_no_segment_are_exactly_zero():
+    q, k, v = qkv(12)
+    out = attention(q, k, v, segments=segments((2, 3), (6, 4)), causal=True, backend="xla")
+    outside = jnp.array([0, 1, 5, 10, 11])
+    assert not jnp.any(out[:, outside]) and jnp.all(jnp.any(out[0, 2:5] != 0, axis=-1))
+
+
+def test_positions_in_no_segment_take_no_gradient():
+    inside = segments((2, 3), (6, 4))
+    grads = jax.grad(lambda qkv: attention(*qkv, segments=inside, causal=True, backend="xla").sum())(qkv(12))
+    outside = jnp.array([0, 1, 5, 10, 11])
+    assert not any(jnp.any(g[:, outside]) for g in grads)
+
+
+def test_a_segment_does_not_see_another():
+    q, k, v = qkv(12)
+    two = segments((0, 5), (5, 7))
+    changed = attention(q, k.at[:, :5].add(1.0), v.at[:, :5].add(1.0), segments=two, causal=False, backend="xla")
+    assert jnp.array_equal(changed[:, 5:], attention(q, k, v, segments=two, causal=False, backend="xla")[:, 5:])
+
+
+def test_a_window_as_long_as_the_row_is_no_window():
+    q, k, v = qkv(8, dtype=jnp.bfloat16)
+    with h200.pretended():
+        assert cudnn.refuses(front._spec(q, causal=True, window=8), q, k, None) is None
+
+
+@pytest.mark.parametrize("direction", ["forward", "gradient"])
+def test_a_row_of_16384_needs_memory_for_blocks_and_no_square(direction):
+    length, heads, width = 16_384, 2, 16
+    q, kv = (jax.ShapeDtypeStruct((1, length, n, width), jnp.float32) for n in (heads, 1))
+    ints = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+
+    def forward(q, k, v, starts, lengths):
+        return attention(q, k, v, segments=(starts, lengths), causal=True, backend="xla")
+
+    f = forward if direction == "forward" else jax.grad(lambda *args: forward(*args).sum(), argnums=(0, 1, 2))
+    temp = jax.jit(f).lower(q, kv, kv, ints, ints).compile().memory_analysis().temp_size_in_bytes
+    # Heads-first copies of q, k, v, out, dout, and the sums dq, dk, dv: at most 10 of q's size. A tile's logits, p, dp and ds: 4.
+    bound = 4 * (10 * length * heads * width + 4 * heads * 512 * 512)
+    assert temp < bound < 4 * length * length / 10
+
+
+def visited_tiles(monkeypatch, length, **options):
+    tiles = []
+    original = xla._logits
+    monkeypatch.setattr(xla, "_logits", lambda *args: tiles.append(1) or original(*args))
+    monkeypatch.setattr(xla, "_LARGEST_BLOCK", 16)
+    q, k, v = qkv(length)
+    # Without jit a loop calls its body once a trip.
+    with jax.disable_jit():
+        attention(q, k, v, backend="xla", **options)
+    return len(tiles)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"segments": segments((0, 96)), "causal": False}, 6 * 6),
+        ({"segments": segments((0, 96)), "causal": True}, 6 * 7 // 2),
+        ({"segments": segments((0, 48), (48, 48)), "causal": False}, 2 * 3 * 3),
+        ({"segments": segments((0, 32), (32, 32), (64, 32)), "causal": True}, 3 * 3),
+        ({"segments": segments((0, 96)), "causal": True, "window": 16}, 1 + 5 * 2),
+        ({"segments": segments((32, 16)), "causal": False}, 1),
+    ],
+)
+def test_only_blocks_that_a_segment_joins_are_visited(monkeypatch, options, expected):
+    assert visited_tiles(monkeypatch, 96, **options) == expected
+
+
+def layers(backend, names, length):
+    """The gradient of three scanned and rematerialised layers of attention, which saves ``names``."""
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    inside = segments((0, 5), (5, length - 5))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+    def body(x, w):
+        x = jnp.sin(x * w)
+        return attention(x, x, x, segments=inside, causal=True, backend=backend), None
+
+    return jax.grad(lambda x, w: jax.lax.scan(body, x, w)[0].astype(jnp.float32).sum(), argnums=(0, 1))
+
+
+@pytest.mark.parametrize("names, expected", [(("attn_out", "attn_lse"), 1), ((), 2)])
+def test_saving_both_names_keeps_the_forward_attention_from_running_twice(names, expected):
+    text = str(jax.make_jaxpr(layers("xla", names, 600))(jnp.ones((1, 600, 2, 8)), jnp.ones(3)))
+    # The printer gives a jitted function once and its calls by name.
+    assert text.count("name=attention_forward") == expected
+
+
+@pytest.mark.parametrize("names, expected", [(("attn_out", "attn_lse"), 1), ((), 2)])
+def test_saving_both_names_keeps_cudnn_from_running_twice(names, expected):
+    text = h200.lowered_text(layers("cudnn", names, 64), jnp.ones((1, 64, 2, 8), jnp.bfloat16), jnp.ones(3, jnp.bfloat16))
+    assert text.count("@__cudnn$fmhaSoftmax(") == expected and text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+
+
+@pytest.mark.parametrize("causal, mask", [(True, "PADDING_CAUSAL"), (False, "PADDING\\")])
+def test_auto_on_an_h200_lowers_to_packed_cudnn_forward_and_backward(causal, mask):
+    inside = segments((0, 20), (20, 44))
+    gradient = jax.grad(lambda qkv: attention(*qkv, segments=inside, causal=causal).astype(jnp.float32).sum())
+    text = h200.lowered_text(gradient, qkv(64, heads=4, kv_heads=2, width=80, dtype=jnp.bfloat16))
+    forward, backward = (line for line in text.splitlines() if "cudnn$" in line)
+    assert all(f"mask_type\\22: \\22{mask}" in line and "max_seg_per_batch\\22: 2" in line for line in (forward, backward))
+
+
+def test_auto_on_an_h200_runs_a_soft_cap_without_cudnn():
+    f = functools.partial(attention, segments=segments((0, 64)), causal=True, softcap=30.0)
+    text = h200.lowered_text(f, *qkv(64, dtype=jnp.bfloat16))
+    assert "cudnn$" not in text
+
+
+def test_cudnn_reads_minus_one_for_unused_and_starts_without_an_end():
+    lengths, offsets = cudnn.packed_segments((jnp.array([[0, 5, 0], [3, 0, 0]]), jnp.array([[5, 4, 0], [9, 0, 0]])))
+    assert lengths.tolist() == [[5, 4, -1], [9, -1, -1]] and offsets.tolist() == [[0, 5, -1, -1], [3, -1, -1, -1]]
+
+
+def test_cudnn_gets_a_second_column_when_rows_have_one_segment():
+    lengths, offsets = cudnn.packed_segments((jnp.array([[2]]), jnp.array([[6]])))
+    assert lengths.tolist() == [[6, -1]] and offsets.tolist() == [[2, -1, -1]]
+
+
+def test_the_packing_check_passes_for_a_right_backend_even_inside_a_trace(monkeypatch):
+    monkeypatch.setattr(cudnn, "attention_forward", xla.attention_forward)
+    monkeypatch.setattr(cudnn, "attention_backward", xla.attention_backward)
+
+    def f(x):
+        cudnn.check_packing.__wrapped__()
+        return x + 1
+
+    assert jax.jit(f)(1.0) == 2.0
+
+
+def test_the_packing_check_fails_when_offsets_are_read_wrongly(monkeypatch):
+    def shifted(spec, q, k, v, sinks, segments, *rest):
+        # The second row's starts are one token off, as when its offsets count from the wrong base.
+        return xla.attention_forward(spec, q, k, v, sinks, (segments[0].at[1, 1].add(1), segments[1]))
+
+    monkeypatch.setattr(cudnn, "attention_forward", shifted)
+    monkeypatch.setattr(cudnn, "attention_backward", xla.attention_backward)
+    with pytest.raises(RuntimeError, match="reads segment offsets differently"):
+        cudnn.check_packing.__wrapped__()
+
+
+@pytest.mark.gpu
+def test_the_packing_check_passes_on_this_gpu():
+    cudnn.check_packing()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"dtype": jnp.float32}, "needs bfloat16 or float16, got float32"),
+        ({"width": 20}, "multiple of 8 and at most 256, got 20"),
+        ({"width": 264}, "multiple of 8 and at most 256, got 264"),
+        ({"softcap": 30.0}, "has no soft-cap"),
+        ({"sinks": jnp.zeros(2)}, "has no sinks"),
+        ({"window": 4}, "a window together with packed offsets"),
+    ],
+)
+def test_naming_cudnn_where_it_cannot_run_raises_the_reason(change, reason):
+    shape = {"dtype": jnp.bfloat16} | {n: x for n, x in change.items() if n in ("dtype", "width")}
+    options = {n: x for n, x in change.items() if n not in shape}
+    with h200.pretended(), pytest.raises(NotImplementedError, match=reason):
+        attention(*qkv(16, **shape), segments=segments((0, 16)), causal=True, backend="cudnn", **options)
+
+
+def test_naming_cudnn_without_a_gpu_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(h200._kernel, "device", lambda: h200._kernel.Device("cpu"))
+    with pytest.raises(NotImplementedError, match="needs a CUDA device of compute capability 9.0 or later, this is cpu"):
+        attention(*qkv(16, dtype=jnp.bfloat16), segments=segments((0, 16)), causal=True, backend="cudnn")
+
+
+def test_an_unknown_backend_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"no backend 'flash'; known are 'auto', 'cudnn', 'xla'"):
+        attention(*qkv(16), segments=segments((0, 16)), causal=True, backend="flash")
+
+
+def test_a_fallback_is_logged_once_with_its_reason(caplog):
+    h200._kernel._log_fallback.cache_clear()
+    with caplog.at_level("INFO", logger="pallas_kernels"):
+        for _ in range(2):
+            attention(*qkv(16), segments=segments((0, 16)), causal=True)
+    assert caplog.messages == ["attention runs on 'xla'; cudnn: needs bfloat16 or float16, got float32"]
+
+
+def test_mismatched_arguments_are_named_together():
+    q, k, v = qkv(16, heads=3, kv_heads=2)
+    with pytest.raises(ValueError, match="3 query heads are no multiple of 2 key heads.*must share a dtype"):
+        attention(q, k.astype(jnp.bfloat16), v, segments=segments((0, 16)), causal=True)
+
+
+def test_sinks_take_weight_from_the_values():
+    q, k, v = qkv(8)
+    one = segments((0, 8))
+    without = attention(q, k, v, segments=one, causal=True, backend="xla")
+    # Token 0 sees one key: its weight is the sigmoid of its logit minus the sink.
+    logit = jnp.einsum("hc,c->h", q[0, 0], k[0, 0, 0]) * 8**-0.5
+    expected = without[0, 0] * jax.nn.sigmoid(logit - 0.7)[:, None]
+    found = attention(q, k, v, segments=one, causal=True, sinks=jnp.full(2, 0.7), backend="xla")[0, 0]
+    assert jnp.allclose(found, expected, atol=1e-6)
+
+
+def test_the_reference_is_softmax_over_the_visible_keys():
+    q, k, v = qkv(6, heads=1)
+    out = reference(q, k, v, segments=segments((1, 4)), causal=True, scale=1.0)
+    weights = np.exp(np.asarray(k[0, 1:4, 0]) @ np.asarray(q[0, 3, 0]))
+    assert np.allclose(out[0, 3, 0], weights @ np.asarray(v[0, 1:4, 0]) / weights.sum(), atol=1e-6)

@@ -1,0 +1,14 @@
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import pallas_kernels
+
+MODULES = [info.name for info in pkgutil.walk_packages(pallas_kernels.__path__, "pallas_kernels.")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module):
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
