@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        positions: Int[Array, "*3 B S"],
+        positions: Int[Array, "*kinds B S"],
         segments: Segments,
         execution: Execution,
         *,
@@ -123,7 +123,7 @@ class Decoder(nnx.Module):
         x, _, outs = self.layers(x, shared, layers, remat=execution.remat, checkpoint=execution.checkpoint)
         return self.norm(x), outs
 
-    def rope_table(self, positions: Int[Array, "*3 B S"], dtype: Any) -> rope.Table:
+    def rope_table(self, positions: Int[Array, "*kinds B S"], dtype: Any) -> rope.Table:
         """cos and sin for the positions, [B, S] or [3, B, S] (M-RoPE)."""
         inverse = rope.frequencies(self.config.head_dim, self.config.rope)
         section = self.config.mrope_section
