@@ -115,15 +115,15 @@ class AdapterConfig:
         return unused
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields of adapter_config.json that peft 0.5 knew, and those newer ones that are in use."""
+        """Returns the fields of adapter_config.json that every peft knows, and of the newer ones those in use: old ones refuse them."""
         fields = dataclasses.asdict(self)
         lists = ("modules_to_save", "layers_to_transform", "layers_pattern")
         fields |= {name: list(fields[name]) if fields[name] else None for name in lists}
         fields |= {name: list(v) for name in ("target_modules", "exclude_modules") if isinstance(v := fields[name], tuple)}
-        for newer in ("exclude_modules", "use_rslora"):
+        fields |= {"lora_alpha": _whole(self.lora_alpha), "alpha_pattern": {k: _whole(v) for k, v in self.alpha_pattern.items()}}
+        for newer in ("exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern"):
             if not fields[newer]:
                 del fields[newer]
-        fields |= {"lora_alpha": _whole(self.lora_alpha), "alpha_pattern": {k: _whole(v) for k, v in self.alpha_pattern.items()}}
         fixed = {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "peft_type": "LORA"}
         return fields | fixed | {"auto_mapping": None}
 
