@@ -196,6 +196,8 @@ HEADERS = {
     "hole": (one() | one("y", offsets=(12, 20)), 20),
     "overlap": (one() | one("y", offsets=(4, 12)), 12),
     "same place twice": (one() | one("y"), 8),
+    "same place twice in a file of the right length": (one() | one("y"), 16),
+    "hole in a file of the right length": (one() | one("y", offsets=(12, 20)), 16),
     "short file": (one(), 7),
     "bytes after the end": (one(), 9),
     "size does not follow from the shape": (one(shape=(3,)), 8),
