@@ -1,1 +1,25 @@
 """LoRA and QLoRA fine-tuning of language and vision-language models in JAX."""
+
+import os as _os
+
+# The first allocation would otherwise take three quarters of the device, used or not.
+_os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from jaxlora.api.collator import UnslothVisionDataCollator, VisionDataCollator
+from jaxlora.api.config import SFTConfig, TrainingArguments
+from jaxlora.api.fast import FastLanguageModel, FastModel, FastVisionModel
+from jaxlora.api.model import Model
+from jaxlora.api.trainer import SFTTrainer, train_on_responses_only
+
+__all__ = [
+    "FastLanguageModel",
+    "FastModel",
+    "FastVisionModel",
+    "Model",
+    "SFTConfig",
+    "SFTTrainer",
+    "TrainingArguments",
+    "UnslothVisionDataCollator",
+    "VisionDataCollator",
+    "train_on_responses_only",
+]

@@ -214,6 +214,40 @@ def by_pattern(paths: Iterable[str], pattern: str | Sequence[str]) -> Selection:
     return _selection(paths, [p for p in paths if p in chosen])
 
 
+def of_layers(selection: Selection, layers: Sequence[int] | None, layers_pattern: str | Sequence[str] | None = None) -> Selection:
+    """Keeps the Linears of these layers (None: all), by PEFT's ``layers_to_transform`` and ``layers_pattern``.
+
+    A Linear's layer is the number after an element of ``layers_pattern``, or without one the first number in its path; a Linear with no
+    number is dropped. In a vision-language model a layer number means blocks of both towers unless a pattern says otherwise.
+
+    >>> both = by_pattern(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"], ["up_proj"])
+    >>> of_layers(both, [1]).paths
+    ('model.layers.1.mlp.up_proj',)
+
+    Raises:
+      ValueError: a layer that no selected Linear is in; a pattern without layers.
+    """
+    patterns = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
+    if layers is None:
+        if patterns:
+            raise ValueError(f"layers_pattern={layers_pattern!r} needs layers_to_transform")
+        return selection
+    indices = {path: _layer(path, patterns) for path in selection.paths}
+    missing = sorted(set(layers) - set(indices.values()))
+    if missing:
+        there = sorted({i for i in indices.values() if i is not None})
+        raise ValueError(f"layers {missing} hold no selected Linear; the selected ones are in layers {there}")
+    return dataclasses.replace(selection, paths=tuple(path for path, i in indices.items() if i in set(layers)))
+
+
+def _layer(path: str, patterns: Sequence[str]) -> int | None:
+    segments = path.split(".")
+    for before, segment in zip(segments, segments[1:], strict=False):
+        if segment.isdigit() and (not patterns or before in patterns):
+            return int(segment)
+    return None
+
+
 def _selection(paths: Sequence[str], hits: Sequence[str]) -> Selection:
     return Selection(paths=tuple(hits), total=dict(collections.Counter(map(classify, paths))))
 

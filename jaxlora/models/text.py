@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from conversion.hf_config import REQUIRED, Rope
 from flax import nnx
 
+from conversion.hf_config import REQUIRED, Rope
 from conversion.rules import Rules, Spelling, same
 from jaxlora.data.batches import Batch, ModelValues
 from jaxlora.nn.decoder import Decoder, DecoderConfig, Execution, Head, head_of

@@ -1,0 +1,312 @@
+"""The classes that scripts call: from_pretrained, get_peft_model, for_training, for_inference."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jaxlora import adapt, select
+from jaxlora.api import folders
+from jaxlora.api.model import Model, refuse_unknown
+from jaxlora.errors import nearest
+from jaxlora.load import LoadConfig, Loaded, describe_formats, load, read_config
+from jaxlora.nn.stack import linear_paths
+from jaxlora.select import Selection
+
+log = logging.getLogger(__name__)
+
+LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Arguments of Unsloth's from_pretrained that only torch, bitsandbytes or vLLM give a meaning to.
+IGNORED_LOADING = (
+    "device_map fix_tokenizer use_exact_model_name offload_embedding float32_mixed_precision gpu_memory_utilization float8_kv_cache "
+    "random_state max_lora_rank disable_log_stats unsloth_tiled_mlp return_logits fullgraph auto_model unsloth_force_compile "
+    "attn_implementation load_in_16bit text_only low_cpu_mem_usage torch_dtype"
+).split()
+# … and what would change the result, so that ignoring it would lie. The values listed ask for nothing.
+UNAVAILABLE_LOADING: Mapping[str, tuple[Any, ...]] = {
+    "load_in_8bit": (False, None),
+    "load_in_fp8": (False, None),
+    "rope_scaling": (None,),
+    "resize_model_vocab": (None,),
+    "fast_inference": (False, None),
+    "qat_scheme": (None,),
+}
+IGNORED_ADAPTING = "max_seq_length temporary_location task_type ensure_weight_tying finetune_audio_layers loftq_config".split()
+UNAVAILABLE_ADAPTING: Mapping[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "qat_scheme": (None,),
+    "target_parameters": (None, [], ()),
+    "layer_replication": (None,),
+    "exclude_modules": (None, [], ()),
+}
+
+
+class FastModel:
+    """Any architecture: ``from_pretrained`` and ``get_peft_model`` with the vision/language/attention/MLP switches."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str = "",
+        max_seq_length: int | None = 2048,
+        dtype: Any = None,
+        load_in_4bit: bool = True,
+        *,
+        full_finetuning: bool = False,
+        quant_type: str = "int4",
+        quantization_config: Any = None,
+        token: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        **arguments: Any,
+    ) -> tuple[Model, Any]:
+        """Loads (model, processor or tokenizer) from a hub id, a local folder, or an adapter's folder (its base, then the adapter).
+
+        ``load_in_4bit`` quantises 16-bit weights while they load: ``quant_type`` "int4" (symmetric, groups of 64, searched scales) or
+        "nf4" (bitsandbytes'); a bitsandbytes checkpoint stays what it is. ``full_finetuning`` loads 16-bit weights and trains them all.
+
+        Raises:
+          ValueError: no such folder; an incomplete or foreign checkpoint; ``trust_remote_code=True`` (repository code never runs).
+          NotImplementedError: an architecture or an option that is not available.
+          TypeError: an argument that nobody knows.
+        """
+        if trust_remote_code:
+            raise ValueError("trust_remote_code=True: jaxlora never runs code from a model repository; its own models are used or none")
+        _refuse_unavailable("from_pretrained", arguments, UNAVAILABLE_LOADING)
+        refuse_unknown("from_pretrained", arguments, IGNORED_LOADING)
+        quant_type = _quant_type(quantization_config, quant_type)
+        folder = folders.resolve(model_name, token=token, revision=revision)
+        adapter = folder if folders.is_adapter(folder) else None
+        base_name = folders.base_of(folder) if adapter else str(model_name)
+        base = folders.resolve(base_name, token=token) if adapter else folder
+        config = LoadConfig(
+            load_in_4bit=(load_in_4bit or quantization_config is not None) and not full_finetuning,
+            quant_type=quant_type,
+            dtype=_dtype(dtype),
+            max_seq_length=max_seq_length if not _has_vision(base) else None,
+        )
+        loaded = _load_with_progress(base, config)
+        limit = _text(loaded).max_position_embeddings
+        model = Model(loaded, adapt.partition(loaded.model, full=full_finetuning), name=base_name, max_seq_length=max_seq_length or limit)
+        model.full_finetuning, model.use_gradient_checkpointing = full_finetuning, use_gradient_checkpointing
+        if adapter:
+            _attach_saved(model, adapter)
+        processor = folders.processor_of([folder, base] if adapter else [folder], loaded.spec.model_type)
+        return model, processor
+
+    @staticmethod
+    def get_peft_model(
+        model: Model,
+        r: int = 16,
+        target_modules: str | Sequence[str] | None = None,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        finetune_vision_layers: bool = True,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        *,
+        finetune_last_n_layers: int | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        **arguments: Any,
+    ) -> Model:
+        """Attaches LoRA to the Linears of the towers and kinds that are switched on; ``target_modules`` as in PEFT narrows them.
+
+        Raises:
+          RuntimeError: the model has an adapter already.
+          ValueError: a target that hits nothing, flags that select nothing, a wrong number.
+          TypeError: an argument that nobody knows.
+        """
+        if model.full_finetuning:
+            log.warning("full fine-tuning trains every weight: get_peft_model has no effect")
+            return model
+        if model.lora is not None:
+            raise RuntimeError("this model has LoRA adapters already: call from_pretrained again to attach others")
+        _refuse_unavailable("get_peft_model", arguments, UNAVAILABLE_ADAPTING)
+        refuse_unknown("get_peft_model", arguments, IGNORED_ADAPTING)
+        if bias != "none":
+            raise NotImplementedError(f'bias={bias!r} is not available: only bias="none", frozen biases')
+        targets, saved = _split_saved(target_modules, modules_to_save)
+        config = adapt.LoRAConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            random_state=random_state,
+            rank_pattern=rank_pattern or {},
+            alpha_pattern=alpha_pattern or {},
+            modules_to_save=saved,
+        )
+        module = model.module()
+        selection = select.by_flags(
+            linear_paths(module),
+            vision=finetune_vision_layers,
+            language=finetune_language_layers,
+            attention=finetune_attention_modules,
+            mlp=finetune_mlp_modules,
+            targets=targets,
+        )
+        layers = _layers(_text(model.loaded).num_hidden_layers, layers_to_transform, finetune_last_n_layers)
+        selection = select.of_layers(selection, layers, layers_pattern)
+        _attach(model, module, selection, config)
+        model.use_gradient_checkpointing = use_gradient_checkpointing
+        model.print_trainable_parameters()
+        return model
+
+    @staticmethod
+    def for_training(model: Model, use_gradient_checkpointing: bool | str | None = None) -> Model:
+        """Nothing has to change for training; a given ``use_gradient_checkpointing`` is remembered."""
+        if use_gradient_checkpointing is not None:
+            model.use_gradient_checkpointing = use_gradient_checkpointing
+        return model
+
+    @staticmethod
+    def for_inference(model: Model) -> Model:
+        """Nothing has to change for generation either: the same buffers serve both.
+
+        Raises:
+          TypeError: a tokenizer was given.
+        """
+        if not isinstance(model, Model):
+            raise TypeError(f"for_inference takes the model, got {type(model).__name__}; was the tokenizer given?")
+        return model
+
+
+class FastVisionModel(FastModel):
+    """Vision-language models (and text models): all four switches are on unless told otherwise."""
+
+
+class FastLanguageModel(FastModel):
+    """Text models: the seven projections are adapted unless told otherwise."""
+
+    @staticmethod
+    def get_peft_model(
+        model: Model, r: int = 16, target_modules: str | Sequence[str] | None = LANGUAGE_TARGETS, lora_alpha: float = 16, **arguments: Any
+    ) -> Model:
+        """As FastModel's, with vision off; the same call on an adapted model changes nothing, another one is refused.
+
+        Raises:
+          TypeError: the model has an adapter of other settings.
+        """
+        wanted = {"r": r, "lora_alpha": lora_alpha, **{k: v for k, v in arguments.items() if k in ("lora_dropout", "use_rslora")}}
+        if model.lora is not None:
+            different = {k: (getattr(model.lora, k), v) for k, v in wanted.items() if getattr(model.lora, k) != v}
+            if different:
+                raise TypeError(f"this model has an adapter of other settings (has, asked for): {different}; load it again to change them")
+            log.warning("this model has these adapters already: get_peft_model has no effect")
+            return model
+        flags = {"finetune_vision_layers": False} if not _towers(model) - {"language"} else {}
+        return FastModel.get_peft_model(model, r, target_modules, lora_alpha, **{**flags, **arguments})
+
+
+def _towers(model: Model) -> set[str]:
+    return {select.classify(path)[0] for path in linear_paths(model.module())}
+
+
+def _load_with_progress(folder: Any, config: LoadConfig) -> Loaded:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def progress(_path: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        loaded = load(folder, config, progress=progress)
+    stored = f"int4/nf4 and 16-bit: {describe_formats(loaded)}" if loaded.formats else f"{config.compute_dtype.name} throughout"
+    print(f"jaxlora: {loaded.spec.architecture} from {folder} on {jax.devices()[0].device_kind}; {stored}")
+    return loaded
+
+
+def _attach(model: Model, module: nnx.Module, selection: Selection, config: adapt.LoRAConfig) -> None:
+    if any(name.endswith("lm_head") for name in config.modules_to_save):
+        adapt.untie(module)
+    adapt.attach(module, selection, config)
+    model.lora, model.selection = config, selection
+    model.replace(adapt.partition(module, config.modules_to_save))
+
+
+def _attach_saved(model: Model, folder: Any) -> None:
+    module = model.module()
+    config, selection = adapt.attach_from(module, folder, rules=model.loaded.spec.rules)
+    model.lora, model.selection = config, selection
+    model.replace(adapt.partition(module, config.modules_to_save))
+
+
+def _split_saved(targets: Any, modules_to_save: Sequence[str] | None) -> tuple[Any, tuple[str, ...]]:
+    """``embed_tokens`` among the targets is trained whole, as Unsloth does."""
+    saved = list(modules_to_save or ())
+    if isinstance(targets, list | tuple | set):
+        targets = list(targets)
+        saved += [t for t in targets if t == "embed_tokens"]
+        targets = [t for t in targets if t != "embed_tokens"]
+    return targets, tuple(dict.fromkeys(saved))
+
+
+def _layers(depth: int, layers: int | Sequence[int] | None, last: int | None) -> tuple[int, ...] | None:
+    if last is not None:
+        return tuple(range(depth - min(max(last, 1), depth), depth))
+    return (layers,) if isinstance(layers, int) else None if layers is None else tuple(layers)
+
+
+def _quant_type(quantization_config: Any, default: str) -> str:
+    if quantization_config is None:
+        return default
+    given = quantization_config if isinstance(quantization_config, Mapping) else quantization_config.to_dict()
+    if not given.get("load_in_4bit"):
+        raise NotImplementedError(f"quantization_config must ask for load_in_4bit, got {dict(given)}")
+    if given.get("bnb_4bit_quant_type", "nf4") != "nf4":
+        raise NotImplementedError(
+            f"bnb_4bit_quant_type={given['bnb_4bit_quant_type']!r} is not available for quantising on loading: only nf4"
+        )
+    return "nf4"
+
+
+def _dtype(dtype: Any) -> Any:
+    """A jax or numpy dtype, a name, or torch's dtype by its name."""
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    known = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+    if isinstance(dtype, str) or name in known:
+        if name not in known:
+            raise ValueError(f"dtype must be one of {sorted(known)}, got {dtype!r}{nearest(name, known)}")
+        return jnp.dtype(known[name])
+    return jnp.dtype(dtype)
+
+
+def _has_vision(folder: Any) -> bool:
+    return "vision_config" in read_config(folder)
+
+
+def _text(loaded: Loaded) -> Any:
+    """The decoder's config, also of a vision-language model."""
+    config = loaded.config
+    return config.text if "text" in {f.name for f in dataclasses.fields(config)} else config
+
+
+def _refuse_unavailable(what: str, arguments: dict[str, Any], unavailable: Mapping[str, tuple[Any, ...]]) -> None:
+    """Removes from ``arguments`` those that ask for nothing; the others are refused.
+
+    Raises:
+      NotImplementedError: names every option that is not available.
+    """
+    asked = {name: arguments.pop(name) for name in list(arguments) if name in unavailable}
+    faults = [f"{name}={value!r}" for name, value in asked.items() if not any(value is v or value == v for v in unavailable[name])]
+    if faults:
+        raise NotImplementedError(f"{what}: not available: {', '.join(faults)}")
