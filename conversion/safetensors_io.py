@@ -123,10 +123,8 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     root = pathlib.Path(folder)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a folder")
-    if (root / SINGLE_NAME).exists() or (root / SINGLE_NAME).is_symlink():
-        _check_names(root, {SINGLE_NAME})
-        header = read_header(root / SINGLE_NAME)
-        return Checkpoint(root, header.tensors, {SINGLE_NAME: header.metadata})
+    if os.path.lexists(root / SINGLE_NAME):
+        return open_single(root, SINGLE_NAME)
     if not (root / INDEX_NAME).exists():
         raise CheckpointError(_why_nothing_opens(root))
     weight_map, index_metadata = _read_index(root / INDEX_NAME)
@@ -136,6 +134,14 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     _check_coverage(root, weight_map, headers)
     tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
     return Checkpoint(root, tensors, {file: header.metadata for file, header in headers.items()}, index_metadata)
+
+
+def open_single(folder: str | os.PathLike, file: str) -> Checkpoint:
+    """Opens one safetensors file of a folder as a checkpoint of its own; raises as ``open_checkpoint``."""
+    root = pathlib.Path(folder)
+    _check_names(root, {file})
+    header = read_header(root / file)
+    return Checkpoint(root, header.tensors, {file: header.metadata})
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -160,7 +166,7 @@ def read_header(path: str | os.PathLike) -> Header:
 
 
 def _parse_header(raw: bytes, file: str, size: int) -> Header:
-    fields = _parse_json(raw)
+    fields = parse_json(raw)
     metadata = fields.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise CheckpointError("its metadata is not an object of strings")
@@ -190,7 +196,16 @@ def _parse_entry(name: str, entry: object, file: str, start: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), file, start + offsets[0], offsets[1] - offsets[0])
 
 
-def _parse_json(raw: bytes) -> dict:
+def parse_json(raw: bytes) -> dict:
+    """Parses a JSON object that may be hostile: no name twice in one object, no nesting beyond Python's, only real text.
+
+    >>> parse_json(b'{"r": 8}')
+    {'r': 8}
+
+    Raises:
+      CheckpointError: with the reason.
+    """
+
     def unique(pairs: list) -> dict:
         found = dict(pairs)
         # A lone surrogate is JSON, but no file and no tensor can be called so.
@@ -216,7 +231,7 @@ def _read_index(path: pathlib.Path) -> tuple[dict[str, str], dict]:
         _check_names(path.parent, {path.name})
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise CheckpointError(f"it is larger than {MAX_HEADER_BYTES} bytes")
-        fields = _parse_json(path.read_bytes())
+        fields = parse_json(path.read_bytes())
         weight_map, metadata = fields.get("weight_map"), fields.get("metadata") or {}
         if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError("weight_map is not an object of file names")
