@@ -102,7 +102,9 @@ def attach(model: nnx.Module, selection: Selection, config: LoRAConfig) -> None:
         draw = fold_path(key, f"{path}.{leaf}")
         if leaf == "lora_A":
             return _draw_a(draw, (rank, linear.features[1]), config.init_lora_weights)
-        return jnp.zeros((linear.features[0], rank)) if config.init_lora_weights is not False else _kaiming(draw, (linear.features[0], rank))
+        return (
+            jnp.zeros((linear.features[0], rank)) if config.init_lora_weights is not False else _kaiming(draw, (linear.features[0], rank))
+        )
 
     linears_of = {path: linear for stacked, linear in linears(model).items() for path in expand(stacked)}
     fill_adapters(model, fill)
@@ -158,7 +160,11 @@ def partition(model: nnx.Module, modules_to_save: Iterable[str] = (), *, full: b
     packed = {p for p in trained if isinstance(leaves[p], AbstractWeight) and not leaves[p].trainable}
     faults += [f"{path} is packed as {type(leaves[path]).__name__}: load it in 16 bits to train it" for path in sorted(packed)]
     raise_all("these cannot be trained", faults)
-    return graphdef, nest({p: leaf for p, leaf in leaves.items() if p in trained}), nest({p: leaf for p, leaf in leaves.items() if p not in trained})
+    return (
+        graphdef,
+        nest({p: leaf for p, leaf in leaves.items() if p in trained}),
+        nest({p: leaf for p, leaf in leaves.items() if p not in trained}),
+    )
 
 
 def untie(model: Any) -> None:

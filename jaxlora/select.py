@@ -107,7 +107,9 @@ class Selection:
             hits = [parent for parent in parents if parent in chosen]
             if 0 < len(hits) < len(parents):
                 missing = sorted(set(parents) - set(hits))
-                faults.append(f"{'.'.join(segments)}: selected for {len(hits)} of {len(parents)} stacked layers, not for {', '.join(missing[:4])}")
+                faults.append(
+                    f"{'.'.join(segments)}: selected for {len(hits)} of {len(parents)} stacked layers, not for {', '.join(missing[:4])}"
+                )
             return bool(hits)
 
         result = visit(tree, ())
@@ -192,7 +194,9 @@ def by_pattern(paths: Iterable[str], pattern: str | Sequence[str]) -> Selection:
             raise ValueError(f"target_modules={pattern!r} is not a regex: {error}") from error
         hits = [p for p in paths if regex.fullmatch(p)]
         if not hits:
-            raise ValueError(f"the regex {pattern!r} matches no Linear in full{_near(pattern, paths)}; the first Linears are {list(paths[:4])}")
+            raise ValueError(
+                f"the regex {pattern!r} matches no Linear in full{_near(pattern, paths)}; the first Linears are {list(paths[:4])}"
+            )
         return _selection(paths, hits)
     if not pattern:
         raise ValueError("target_modules is an empty list: name at least one Linear, or leave it None")

@@ -21,5 +21,7 @@ def get(model_type: str) -> ModelSpec:
       NotImplementedError: the architecture is not modelled; names the nearest one that is.
     """
     if model_type not in MODELS:
-        raise NotImplementedError(f"model_type {model_type!r} is not modelled{nearest(model_type, MODELS)}; there are {', '.join(sorted(MODELS))}")
+        raise NotImplementedError(
+            f"model_type {model_type!r} is not modelled{nearest(model_type, MODELS)}; there are {', '.join(sorted(MODELS))}"
+        )
     return importlib.import_module(MODELS[model_type]).SPEC

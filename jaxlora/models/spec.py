@@ -49,4 +49,5 @@ class ModelSpec:
     build: Callable[..., Any]
     rules: Rules
     values: Callable[[Any], ModelValues]
+    lengthen: Callable[[Any, int], Any]
     tiny: Mapping[str, Any]

@@ -1,17 +1,23 @@
 """What the text models of the Llama family share: the module, the names, the reading of common config keys."""
 
-from collections.abc import Mapping
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from conversion.hf_config import REQUIRED, Rope
 from flax import nnx
 
 from conversion.rules import Rules, Spelling, same
 from jaxlora.data.batches import Batch, ModelValues
 from jaxlora.nn.decoder import Decoder, DecoderConfig, Execution, Head, head_of
 from jaxlora.nn.linear import Linear
+from jaxlora.nn.rope import lengthened
 from jaxlora.typing import Array, Float, Int
 from jaxlora.weights.dense import Dense
+
+log = logging.getLogger(__name__)
 
 RULES = Rules((Spelling("hub", same("model", "lm_head")),), ties={"lm_head.weight": "model.embed_tokens.weight"})
 
@@ -54,3 +60,58 @@ def values(config: Mapping[str, Any]) -> ModelValues:
     """What batches need of a text model."""
     pad = config.get("pad_token_id")
     return ModelValues(pad_token_id=0 if pad is None else pad)
+
+
+def lengthen(config: DecoderConfig, max_seq_length: int) -> DecoderConfig:
+    """The config for sequences of that length; the log says what was changed."""
+    trained = config.max_position_embeddings
+    longer = lengthened(config.rope, trained, max_seq_length)
+    if max_seq_length > trained:
+        log.warning("max_seq_length=%d is more than the %d that the model was trained on: %s", max_seq_length, trained, longer)
+    return dataclasses.replace(config, rope=longer, max_position_embeddings=max(trained, max_seq_length))
+
+
+def sizes(used: Mapping[str, Any], rope: Rope, windows: tuple[int | None, ...], **options: Any) -> DecoderConfig:
+    """A DecoderConfig from the keys that every text architecture has; ``options`` are its own."""
+    heads = used["num_attention_heads"]
+    return DecoderConfig(
+        vocab_size=used["vocab_size"],
+        hidden_size=used["hidden_size"],
+        intermediate_size=used["intermediate_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=used["num_key_value_heads"] or heads,
+        head_dim=used["head_dim"] or used["hidden_size"] // heads,
+        rms_norm_eps=used["rms_norm_eps"],
+        max_position_embeddings=used["max_position_embeddings"],
+        tie_word_embeddings=used["tie_word_embeddings"],
+        rope=rope,
+        windows=windows,
+        **options,
+    )
+
+
+def common(rms_norm_eps: float = 1e-6, max_position_embeddings: int = 32768) -> dict[str, object]:
+    """The keys that every text architecture reads, with the class defaults that apply where a file lacks them."""
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    optional = {
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "rms_norm_eps": rms_norm_eps,
+        "max_position_embeddings": max_position_embeddings,
+        "tie_word_embeddings": False,
+        "rope_theta": None,
+        "rope_scaling": None,
+        "rope_parameters": None,
+    }
+    return {**dict.fromkeys(required, REQUIRED), **optional}
+
+
+def layer_windows(used: Mapping[str, Any], window: int | None, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """The sliding window of each layer: from ``layer_types`` where the file has it, else where ``slides(layer)``."""
+    types = used.get("layer_types") or ["sliding_attention" if slides(i) else "full_attention" for i in range(used["num_hidden_layers"])]
+    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+    if unknown or len(types) != used["num_hidden_layers"]:
+        raise ValueError(
+            f"layer_types must name one of full_attention, sliding_attention for each of the {used['num_hidden_layers']} layers, got {types}"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

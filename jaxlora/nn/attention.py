@@ -99,7 +99,9 @@ def _write(cache: Float[Array, "B T K C"], new: Float[Array, "B S K C"], column:
     return cache.at[jnp.arange(cache.shape[0]), column].set(new[:, 0].astype(cache.dtype))
 
 
-def _attend_cache(q: Float[Array, "B 1 H C"], k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], shared: Shared, window: int | None) -> Array:
+def _attend_cache(
+    q: Float[Array, "B 1 H C"], k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], shared: Shared, window: int | None
+) -> Array:
     """One query a row over the filled part of its cache; softmax in fp32."""
     B, _, H, C = q.shape
     T, K = k.shape[1:3]

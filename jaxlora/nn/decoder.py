@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from conversion.hf_config import Rope
 from flax import nnx
 
 from jaxlora.nn import rope
@@ -32,7 +32,7 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: Mapping[str, Any]
+    rope: Rope
     windows: tuple[int | None, ...]
     max_position_embeddings: int
     tie_word_embeddings: bool = False
@@ -49,8 +49,7 @@ class DecoderConfig:
     @property
     def mrope_section(self) -> tuple[int, ...] | None:
         """Frequencies a position kind (time, height, width), where positions are three-dimensional."""
-        section = self.rope.get("mrope_section")
-        return None if section is None else tuple(section)
+        return self.rope.mrope_section
 
     @property
     def attention(self) -> AttentionConfig:

@@ -48,7 +48,9 @@ class Linear(nnx.Module):
         return project((self,), x, None if key is None else (key,))[0]
 
 
-def project(linears: Sequence[Linear], x: Float[Array, "*N I"], keys: Sequence[PRNGKeyArray] | None = None) -> tuple[Float[Array, "*N O"], ...]:
+def project(
+    linears: Sequence[Linear], x: Float[Array, "*N I"], keys: Sequence[PRNGKeyArray] | None = None
+) -> tuple[Float[Array, "*N O"], ...]:
     """y_i = W_i x + s_i·B_i·A_i·drop_i(x) + bias_i for Linears that share their input.
 
     The products run in x's dtype with fp32 accumulation; the A of the group are one product. Saved for the backward: x and the
@@ -58,11 +60,15 @@ def project(linears: Sequence[Linear], x: Float[Array, "*N I"], keys: Sequence[P
     rows = x.reshape(-1, x.shape[-1])
     weights = tuple(_weight(linear) for linear in linears)
     loras = tuple(linear.lora for linear in linears)
-    rates = tuple(linear.lora_dropout if keys is not None and lora is not None else 0.0 for linear, lora in zip(linears, loras, strict=True))
+    rates = tuple(
+        linear.lora_dropout if keys is not None and lora is not None else 0.0 for linear, lora in zip(linears, loras, strict=True)
+    )
     used = tuple(key if rate else None for rate, key in zip(rates, keys or (None,) * len(rates), strict=True))
     ys = _project(rates, rows, weights, loras, used)
     named = (checkpoint_name(y, "dot") for y in ys)
-    biased = (y if linear.bias is None else y + linear.bias.get_value().astype(y.dtype)[None] for y, linear in zip(named, linears, strict=True))
+    biased = (
+        y if linear.bias is None else y + linear.bias.get_value().astype(y.dtype)[None] for y, linear in zip(named, linears, strict=True)
+    )
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in biased)
 
 
@@ -72,11 +78,11 @@ def _weight(linear: Linear) -> AbstractWeight:
     return linear.weight.get_value()
 
 
-def _forward(rates: tuple[float, ...], x: Array, weights: tuple[AbstractWeight, ...], loras: tuple[LoRA | None, ...], keys: Any) -> tuple[Array, ...]:
+def _forward(
+    rates: tuple[float, ...], x: Array, weights: tuple[AbstractWeight, ...], loras: tuple[LoRA | None, ...], keys: Any
+) -> tuple[Array, ...]:
     us = _down(rates, x, loras, keys)
-    return tuple(
-        w.matmul(x, None if lora is None else (u, _scaled(lora, x.dtype))) for w, lora, u in zip(weights, loras, us, strict=True)
-    )
+    return tuple(w.matmul(x, None if lora is None else (u, _scaled(lora, x.dtype))) for w, lora, u in zip(weights, loras, us, strict=True))
 
 
 _project = jax.custom_vjp(_forward, nondiff_argnums=(0,))

@@ -1,45 +1,68 @@
 """Rotary position embeddings: frequencies, tables, rotation."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from conversion.hf_config import Rope
 
 from jaxlora.typing import Array, Float, Int
+
+KINDS = ("default", "linear", "llama3")
 
 type Table = tuple[Array, Array]
 
 
-def frequencies(head_dim: int, rope: Mapping[str, Any]) -> np.ndarray:
-    """Inverse frequencies [C/2] in fp32, scaled as ``rope['rope_type']`` says; formulas as in transformers' modeling_rope_utils.
+def frequencies(head_dim: int, rope: Rope) -> np.ndarray:
+    """Inverse frequencies [C/2] in fp32, scaled as ``rope.kind`` says; formulas as in transformers' modeling_rope_utils.
 
-    Kinds: "default" θ^(-2j/C); "linear" (f / factor); "llama3" (long wavelengths divided by the factor, a smooth band between).
+    "default": θ^(-2j/C); "linear": that / factor; "llama3": long wavelengths divided by the factor, a smooth band between.
 
-    >>> frequencies(4, {"rope_type": "default", "rope_theta": 100.0}).tolist()
+    >>> frequencies(4, Rope(theta=100.0)).tolist()
     [1.0, 0.10000000149011612]
 
     Raises:
-      NotImplementedError: another kind of scaling.
+      NotImplementedError: another kind of scaling, or one that does not turn every channel.
     """
-    theta, kind = rope["rope_theta"], rope.get("rope_type", "default")
-    base = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    if kind in ("default", "mrope"):
-        return base.astype(np.float32)
-    if kind == "linear":
-        return (base / rope["factor"]).astype(np.float32)
-    if kind == "llama3":
-        return _llama3(base, rope)
-    raise NotImplementedError(f"rope_type {kind!r} is not modelled; the ones that are: default, mrope, linear, llama3")
+    if rope.kind not in KINDS or rope.partial_rotary_factor != 1 or rope.mrope_interleaved:
+        raise NotImplementedError(f"{rope} is not modelled; the kinds that are: {', '.join(KINDS)}, not interleaved, on all channels")
+    base = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    if rope.kind == "linear":
+        base = base / rope.factor
+    if rope.kind == "llama3":
+        base = _llama3(base, rope)
+    return base.astype(np.float32)
 
 
-def _llama3(base: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
-    original = rope["original_max_position_embeddings"]
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+def lengthened(rope: Rope, trained: int, wanted: int) -> Rope:
+    """The rotary positions for sequences of ``wanted`` tokens in a model trained on ``trained``.
+
+    Up to ``trained`` nothing changes. Beyond, llama-3 scaling is kept (it reaches further by itself), default positions are scaled
+    linearly by wanted / trained, and linear ones by that much more.
+
+    >>> lengthened(Rope(theta=1e4), 2048, 8192).factor
+    4.0
+
+    Raises:
+      NotImplementedError: for another kind.
+    """
+    if wanted <= trained or rope.kind == "llama3":
+        return rope
+    if rope.kind not in ("default", "linear") or rope.mrope_section is not None:
+        raise NotImplementedError(
+            f"max_seq_length={wanted} is more than the model's {trained}, and {rope.kind!r} positions cannot be lengthened"
+        )
+    return dataclasses.replace(rope, kind="linear", factor=rope.factor * wanted / trained)
+
+
+def _llama3(base: np.ndarray, rope: Rope) -> np.ndarray:
+    assert rope.original_max_positions and rope.low_freq_factor and rope.high_freq_factor
+    low, high = rope.low_freq_factor, rope.high_freq_factor
     wavelength = 2 * math.pi / base
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    return ((1 - smooth) * base / factor + smooth * base).astype(np.float32)
+    smooth = np.clip((rope.original_max_positions / wavelength - low) / (high - low), 0, 1)
+    return (1 - smooth) * base / rope.factor + smooth * base
 
 
 def table(positions: Int[Array, "*B S"], inverse: np.ndarray, dtype: Any) -> tuple[Float[Array, "*B S C"], Float[Array, "*B S C"]]:

@@ -62,7 +62,10 @@ def layout(structures: Sequence[Hashable]) -> tuple[Run, ...]:
         best = Run(at, 1, 1)
         for period in range(1, (n - at) // 2 + 1):
             repeats = 1
-            while all(structures[at + repeats * period + i : at + repeats * period + i + 1] == structures[at + i : at + i + 1] for i in range(period)):
+            while all(
+                structures[at + repeats * period + i : at + repeats * period + i + 1] == structures[at + i : at + i + 1]
+                for i in range(period)
+            ):
                 repeats += 1
             if repeats > 1 and period * repeats > best.period * best.repeats:
                 best = Run(at, period, repeats)
@@ -85,10 +88,22 @@ class Stack(nnx.Module):
             graphdef, states = _split_all([blocks[i] for i in range(*map(int, key.split(":")))])
             setattr(self, key, nnx.merge(graphdef, jax.tree.map(lambda *leaves: _stack_leaves(leaves), *states)))
         if len(self.runs) > MANY_RUNS:
-            log.warning("%s splits into %d runs, each compiled on its own; they begin at layers %s", path, len(self.runs), [r.start for r in self.runs])
+            log.warning(
+                "%s splits into %d runs, each compiled on its own; they begin at layers %s",
+                path,
+                len(self.runs),
+                [r.start for r in self.runs],
+            )
 
     def __call__(
-        self, x: Array, shared: Any = None, per_layer: Any = None, *, collect: Sequence[int] = (), remat: Remat = None, checkpoint: bool = False
+        self,
+        x: Array,
+        shared: Any = None,
+        per_layer: Any = None,
+        *,
+        collect: Sequence[int] = (),
+        remat: Remat = None,
+        checkpoint: bool = False,
     ) -> tuple[Array, list[Array], Any]:
         """Runs the layers in order; returns (x, collected, per_layer_out).
 
@@ -109,7 +124,9 @@ class Stack(nnx.Module):
             inputs[self.depth] = x
         return x, [inputs[i] for i in collect], _in_layer_order(outs)
 
-    def _run(self, run: Run, x: Array, shared: Any, per_layer: Any, collecting: bool, remat: Remat, checkpoint: bool) -> tuple[Array, Any, Any]:
+    def _run(
+        self, run: Run, x: Array, shared: Any, per_layer: Any, collecting: bool, remat: Remat, checkpoint: bool
+    ) -> tuple[Array, Any, Any]:
         splits = [nnx.split(getattr(self, key)) for key in run.keys]
         extras = [jax.tree.map(lambda a, k=key: a[slice(*map(int, k.split(":")))], per_layer) for key in run.keys]
 
@@ -270,7 +287,8 @@ def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
 
 
 def _put(tree: dict[str, Any], path: str, value: Any, *, create: bool = False) -> None:
-    *parents, last = path.split(".")
+    # nnx keeps the members of a list under integer keys.
+    *parents, last = (int(s) if s.isdigit() else s for s in path.split("."))
     for key in parents:
         tree = tree.setdefault(key, {}) if create else tree[key]
     tree[last] = value
@@ -307,6 +325,3 @@ def _in_layer_order(outs: list[tuple[Sequence[int], Any]]) -> Any:
 
 def _natural(path: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(s), "") if s.isdigit() else (-1, s) for s in path.split("."))
-
-
-

@@ -37,7 +37,7 @@ class AbstractWeight(abc.ABC):
         """The gradient of ``sum(dy * matmul(x))`` as a leaf of the same structure; None where ``trainable`` is False."""
 
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
-        """x @ Wᵀ, plus u @ bᵀ where an update (u [N, R], b [O, R]) is given; in x's dtype. A format may fuse the update into its product."""
+        """x @ Wᵀ, plus u @ bᵀ where an update (u [N, R], b [O, R]) is given; in x's dtype. A format may fuse the two."""
         y = contract_last(x, self.dequantise().astype(x.dtype))
         return y if update is None else y + contract_last(*update)
 

@@ -44,7 +44,9 @@ class NF4(AbstractWeight):
         codes = (shape[0], shape[1] // 2) if rows else (-(-n // 2),)
         absmax = (shape[0], shape[1] // BLOCK) if rows else (blocks,)
         float32 = jnp.float32
-        nested = (abstract((256,), float32), abstract((-(-blocks // NESTED_BLOCK),), float32), abstract((), float32)) if double_quant else None
+        nested = (
+            (abstract((256,), float32), abstract((-(-blocks // NESTED_BLOCK),), float32), abstract((), float32)) if double_quant else None
+        )
         return cls(
             abstract(codes, jnp.uint8),
             abstract(absmax, jnp.uint8 if double_quant else float32),

@@ -1,0 +1,57 @@
+"""Qwen3 (dense text)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from conversion.hf_config import rope, take
+
+from jaxlora.models import text
+from jaxlora.models.spec import ModelSpec
+from jaxlora.nn.decoder import DecoderConfig
+
+
+def read(config: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a config.json; queries and keys are normed per head before they turn."""
+    uses = text.common() | {
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+    }
+    used = take(config, uses=uses, requires={"hidden_act": "silu"})
+    slides, first = used["use_sliding_window"], used["max_window_layers"]
+    windows = text.layer_windows(used, used["sliding_window"] if slides else None, lambda layer: slides and layer >= first)
+    bias = used["attention_bias"]
+    return text.sizes(
+        {**used, "head_dim": used["head_dim"] or 128}, rope(config, theta=1e4), windows, qkv_bias=bias, o_bias=bias, qk_norm=True
+    )
+
+
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 331,
+    "hidden_size": 72,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "rope_theta": 1e6,
+}
+
+SPEC = ModelSpec(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    read=read,
+    build=text.CausalLM,
+    rules=text.RULES,
+    values=text.values,
+    lengthen=text.lengthen,
+    tiny=TINY,
+)
