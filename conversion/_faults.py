@@ -1,6 +1,7 @@
 """One error for many faults, with the nearest known names; this package's own, since it may not import jaxlora."""
 
 import difflib
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 
 MOST = 20
@@ -12,7 +13,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("hidden_sise", ["hidden_size", "vocab_size"])
     "; did you mean 'hidden_size'?"
     """
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    parts, few = set(name.split(".")), list(known)
+    # Comparing letters is slow: of a large model's tensors, only those that share most segments.
+    if len(few) > 500:
+        few = heapq.nlargest(50, few, key=lambda k: len(parts.intersection(k.split("."))))
+    close = difflib.get_close_matches(name, few, n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 

@@ -28,6 +28,7 @@ from jaxlora.models.spec import ModelSpec
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.stack import flatten_leaves, linear_paths, nest
 from jaxlora.select import expand
+from jaxlora.typing import Array, Int
 from jaxlora.weights.base import AbstractWeight
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.int4 import Int4
@@ -226,7 +227,7 @@ def _put(like: Any, tensor: Any, i: int | None) -> Any:
     if i is None:
         return new
     # Waiting keeps one tensor in flight: dispatch would otherwise run ahead and pile them up on the device.
-    return jax.block_until_ready(_insert(like, new, i))
+    return jax.block_until_ready(_insert(like, new, jnp.int32(i)))
 
 
 def _encode(like: Any, tensor: Any) -> Any:
@@ -245,5 +246,5 @@ def _encode(like: Any, tensor: Any) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(stack: Any, new: Any, i: int) -> Any:
+def _insert(stack: Any, new: Any, i: Int[Array, ""]) -> Any:
     return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_index_in_dim(whole, one, i, 0), stack, new)

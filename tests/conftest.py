@@ -3,7 +3,10 @@
 import importlib.util
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "") if os.environ.get("JAXLORA_TEST_GPU") else os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if not os.environ.get("JAXLORA_TEST_GPU"):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Tiny programs, compiled once and run once: LLVM's optimisations cost twice what they save.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 if importlib.util.find_spec("beartype"):
     import jaxtyping

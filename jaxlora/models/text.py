@@ -111,7 +111,6 @@ def layer_windows(used: Mapping[str, Any], window: int | None, slides: Callable[
     types = used.get("layer_types") or ["sliding_attention" if slides(i) else "full_attention" for i in range(used["num_hidden_layers"])]
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown or len(types) != used["num_hidden_layers"]:
-        raise ValueError(
-            f"layer_types must name one of full_attention, sliding_attention for each of the {used['num_hidden_layers']} layers, got {types}"
-        )
+        count = used["num_hidden_layers"]
+        raise ValueError(f"layer_types must be full_attention or sliding_attention for each of the {count} layers, got {types}")
     return tuple(window if kind == "sliding_attention" else None for kind in types)

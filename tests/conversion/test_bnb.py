@@ -99,6 +99,12 @@ def test_each_value_becomes_its_nearest_code():
     np.testing.assert_array_equal(values(q), np.abs(scaled[:, None] - bnb.NF4).argmin(1))
 
 
+def test_a_value_between_two_codes_becomes_the_lower_one():
+    middles = (bnb.NF4[1:] + bnb.NF4[:-1]) / 2
+    q = bnb.quantise_nf4(np.append(middles, np.float32(1))[None], double_quant=False)
+    assert values(q).tolist() == [*range(15), 15]
+
+
 def test_relative_error_on_normal_weights_is_that_of_nf4():
     w = np.random.default_rng(2).normal(size=(256, 512)).astype(np.float32)
     error = np.linalg.norm(bnb.dequantise(bnb.quantise_nf4(w, double_quant=False)) - w) / np.linalg.norm(w)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -320,6 +321,22 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_adapter(tmp_path, adapter)
     assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("file", [WEIGHTS_NAME, CONFIG_NAME])
+def test_a_crash_between_two_files_leaves_no_configuration_rather_than_a_mixture(tmp_path, monkeypatch, file):
+    write_adapter(tmp_path, draw())
+    real = os.replace
+
+    def replace(source, target):
+        if pathlib.Path(target) == tmp_path / file:
+            raise OSError("no power")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="no power"):
+        write_adapter(tmp_path, draw(lora_alpha=1))
+    assert not (tmp_path / CONFIG_NAME).exists()
 
 
 @pytest.mark.parametrize(
