@@ -20,9 +20,9 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(hidden, features, bias=bias, dtype=dtype)
 
     def __call__(self, x: Float[Array, "*N D"], keys: dict[str, PRNGKeyArray] | None = None) -> Float[Array, "*N D"]:
-        """``keys``: one dropout key a Linear, by its name."""
+        """``keys``: a dropout key for each Linear that drops, by its name."""
         h = swiglu(self.gate_proj, self.up_proj, x, keys)
-        return self.down_proj(h, None if keys is None else keys["down_proj"])
+        return self.down_proj(h, None if keys is None else keys.get("down_proj"))
 
 
 class PlainMLP(nnx.Module):
@@ -60,5 +60,5 @@ def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
 
 def swiglu(gate: Linear, up: Linear, x: Float[Array, "*N D"], keys: dict[str, PRNGKeyArray] | None = None) -> Float[Array, "*N F"]:
     """silu(gate x) ∘ up x with one shared x; silu is computed in fp32 and rounded before it multiplies, as transformers does."""
-    e, g = project((gate, up), x, None if keys is None else (keys["gate_proj"], keys["up_proj"]))
+    e, g = project((gate, up), x, None if keys is None else (keys.get("gate_proj"), keys.get("up_proj")))
     return jax.nn.silu(e.astype(jnp.float32)).astype(e.dtype) * g

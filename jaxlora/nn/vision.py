@@ -69,7 +69,7 @@ class PatchProjection(nnx.Module):
     """
 
     def __init__(self, patch_shape: tuple[int, ...], features: int, *, dtype: Any):
-        self.weight = nnx.Param(abstract((features, *patch_shape), dtype))
+        self.weight: nnx.Param[Any] = nnx.Param(abstract((features, *patch_shape), dtype))
 
     def __call__(self, patches: Float[Array, "P W E"]) -> Float[Array, "P W D"]:
         """A convolution whose stride is its kernel is one product a patch."""
@@ -132,7 +132,7 @@ class PatchMerger(nnx.Module):
         self.ln_q = LayerNorm(config.embed_dim, eps=config.layer_norm_eps, dtype=dtype)
         # The activation has a place of its own, so that the Linears are 0 and 2 as in the checkpoints.
         layers = (Linear(width, width, bias=True, dtype=dtype), gelu, Linear(width, config.out_features, bias=True, dtype=dtype))
-        self.mlp = nnx.List(layers)
+        self.mlp: nnx.List[Any] = nnx.List(layers)
 
     def __call__(self, x: Float[Array, "P W D"], key: PRNGKeyArray | None) -> Float[Array, "P F O"]:
         """[P, W, D] to [P, W/m², O]; ``key`` is the forward pass's, before a path is folded in."""

@@ -22,7 +22,7 @@ from jaxlora.nn import rope
 from jaxlora.nn.attention import LayerInputs, Shared
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import flatten, flatten_leaves, linear_paths, nest
-from jaxlora.select import by_flags, by_pattern
+from jaxlora.select import by_flags, by_pattern, expand, is_stacked
 from jaxlora.weights.dense import Dense
 from tests.tolerances import LOGITS_FP32, PACKED_FP32, SENSITIVITY
 
@@ -177,14 +177,14 @@ def test_the_tower_runs_only_where_there_are_patches(model):
     assert runs == [1, 0]
 
 
-def adapted(select=lambda paths: by_flags(paths), dropout=0.0):
+def adapted(select, dropout=0.0, full=False):
     """A model with random A and B, split for a step."""
     model = loaded()
     attach(model, select(linear_paths(model)), LoRAConfig(r=4, lora_dropout=dropout))
     random = np.random.default_rng(0)
     shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items() if "lora" in path}
     fill_adapters(model, lambda path, leaf: random.normal(0, 0.2, shapes[f"{path}.{leaf}"]))
-    return partition(model)
+    return partition(model, full=full)
 
 
 def square_loss(graphdef, frozen, batch, execution=Execution()):  # noqa: B008
@@ -201,15 +201,15 @@ def test_a_frozen_tower_has_no_backward(vision, scans):
     assert scans_of_tower(jax.grad(square_loss(graphdef, frozen, micro())), trainable) == scans
 
 
-def test_every_adapter_of_both_towers_and_of_the_merger_is_trained():
-    graphdef, trainable, frozen = adapted(lambda paths: by_flags(paths, targets="all-linear"))
+def test_every_parameter_and_every_adapter_is_trained():
+    graphdef, trainable, frozen = adapted(lambda paths: by_flags(paths, targets="all-linear"), full=True)
     gradient = flatten(jax.jit(jax.grad(square_loss(graphdef, frozen, micro())))(trainable))
-    assert len(gradient) == 2 * (2 * 4 + 3 * 7 + 2)
-    assert not [path for path, leaf in gradient.items() if not jnp.any(leaf)]
+    assert sum("lora" in path for path in gradient) == 2 * (2 * 4 + 3 * 7 + 2)
+    assert not [path for path, leaf in gradient.items() if not all(map(jnp.any, jax.tree.leaves(leaf)))]
 
 
-@pytest.mark.parametrize("target", ["qkv", "merger.mlp.0"])
-def test_dropout_of_one_kind_of_vision_linear_follows_its_key(target):
+@pytest.mark.parametrize("target", ["qkv", "merger.mlp.0", "k_proj", "down_proj"])
+def test_dropout_of_one_kind_of_linear_alone_follows_its_key(target):
     graphdef, trainable, frozen = adapted(lambda paths: by_pattern(paths, [target]), dropout=0.5)
     loss = jax.jit(lambda key: square_loss(graphdef, frozen, micro(), Execution(dropout_key=key))(trainable))
     a, again, b = (loss(jax.random.key(seed)) for seed in (0, 0, 1))
@@ -249,16 +249,17 @@ def test_generation_continues_the_prompt_as_one_forward_pass_would(run, model):
     assert np.abs(model.head().logits(hidden)[0, 0] - EXPECTED["logits"][0, row - 1]).max() <= LOGITS_FP32
 
 
-def test_every_parameter_moves_the_logits(run, model):
+def test_every_parameter_of_every_layer_moves_the_logits(run, model):
     leaves = flatten_leaves(nnx.to_pure_dict(nnx.state(model)))
     batch = micro()
     base = run(batch)[:, : KEPT.shape[1]][KEPT]
 
-    def moved(path):
-        tree = nest({**leaves, path: jax.tree.map(jnp.zeros_like, leaves[path])})
-        return np.abs(run(batch, tree)[:, : KEPT.shape[1]][KEPT] - base).max()
+    def moved(stacked, layer):
+        without = jax.tree.map(lambda a: a.at[layer].set(0), leaves[stacked])
+        return np.abs(run(batch, nest({**leaves, stacked: without}))[:, : KEPT.shape[1]][KEPT] - base).max()
 
-    assert not [path for path in leaves if not moved(path) > SENSITIVITY]
+    places = [(path, i if is_stacked(path) else ...) for path in leaves for i in range(len(expand(path)))]
+    assert not [(path, layer) for path, layer in places if not moved(path, layer) > SENSITIVITY]
 
 
 @pytest.mark.parametrize("field", ["patch_positions", "position_ids", "patch_segment_lengths", "vision_index"])
