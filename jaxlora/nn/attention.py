@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         keys = layer.keys
         c = self.config
         names = ("q_proj", "k_proj", "v_proj")
-        q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, None if keys is None else [keys[n] for n in names])
+        q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, None if keys is None else [keys.get(n) for n in names])
         q, k, v = (t.reshape(B, S, -1, c.head_dim) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
             y = _attend_cache(q, *cache, shared, self.window)
         else:
             y = attention(q, k, v, segments=shared.segments, causal=True, window=self.window, backend=shared.backend)
-        return self.o_proj(y.reshape(B, S, -1), None if keys is None else keys["o_proj"]), cache
+        return self.o_proj(y.reshape(B, S, -1), None if keys is None else keys.get("o_proj")), cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

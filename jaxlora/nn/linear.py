@@ -49,13 +49,13 @@ class Linear(nnx.Module):
 
 
 def project(
-    linears: Sequence[Linear], x: Float[Array, "*N I"], keys: Sequence[PRNGKeyArray] | None = None
+    linears: Sequence[Linear], x: Float[Array, "*N I"], keys: Sequence[PRNGKeyArray | None] | None = None
 ) -> tuple[Float[Array, "*N O"], ...]:
     """y_i = W_i x + s_i·B_i·A_i·drop_i(x) + bias_i for Linears that share their input.
 
     The products run in x's dtype with fp32 accumulation; the A of the group are one product. Saved for the backward: x and the
     stored (packed) weights. dA and dB are returned in fp32. Dropout is applied where a Linear has a rate and ``keys`` are given (one
-    a Linear); its mask is drawn again in the backward.
+    a Linear; None where it has no rate); its mask is drawn again in the backward.
     """
     rows = x.reshape(-1, x.shape[-1])
     weights = tuple(_weight(linear) for linear in linears)

@@ -77,6 +77,16 @@ def mrope_table(positions: Int[Array, "3 B S"], inverse: np.ndarray, sections: t
     return _both_halves(chosen * jnp.asarray(inverse)[None, None], dtype)
 
 
+def axial_table(positions: Int[Array, "P W 2"], inverse: np.ndarray, dtype: Any) -> tuple[Float[Array, "P W C"], Float[Array, "P W C"]]:
+    """(cos, sin) of a vision tower's patches: the first quarter of C follows the row, the second the column, the other half is alike.
+
+    >>> axial_table(jnp.array([[[0, 1]]]), np.array([1.0], np.float32), jnp.float32)[1].round(2).tolist()
+    [[[0.0, 0.8399999737739563, 0.0, 0.8399999737739563]]]
+    """
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse)[None, None, None]  # [P, W, 2, C/4]
+    return _both_halves(angles.reshape(*positions.shape[:2], -1), dtype)
+
+
 def rotate(x: Float[Array, "B S H C"], rope: tuple[Float[Array, "B S C"], Float[Array, "B S C"]]) -> Float[Array, "B S H C"]:
     """x ∘ cos + rotate_half(x) ∘ sin, pairing channel j with j + C/2, in the tables' dtype, returned in x's."""
     cos, sin = (t[:, :, None, :] for t in rope)

@@ -226,7 +226,7 @@ def linear_paths(module: nnx.Module) -> list[str]:
     return sorted((path for stacked in linears(module) for path in expand(stacked)), key=_natural)
 
 
-def flatten_leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_leaves(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """A nested dict as {stacked path: leaf}; a weight is one leaf."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():

@@ -15,7 +15,7 @@ from jaxlora.select import is_stacked
 from jaxlora.train.loss import label_count, loss_sum
 from jaxlora.typing import Array, Float, PRNGKeyArray
 
-type Tree = Mapping[str, Any]
+type Tree = Mapping[Any, Any]
 type Metrics = dict[str, Any]
 type Step = Callable[[Tree, Any, Tree, Batch, Any], tuple[Tree, Any, Metrics]]
 
