@@ -98,12 +98,12 @@ class Qwen2VLProcessor:
         texts = [text] if isinstance(text, str) else list(text)
         ids = [self.tokenizer(one, add_special_tokens=options.get("add_special_tokens", True))["input_ids"] for one in texts]
         rows = [row for row, _ in self.expand([np.array(row, np.int64) for row in ids], vision)]
-        if options.get("truncation") and options.get("max_length") is not None:
-            most = options["max_length"] or 0
+        most = options.get("max_length")
+        if options.get("truncation") and most is not None:
             rows = [truncate_ids(row, most, self.media_token_ids, where=f"row {i}") for i, row in enumerate(rows)]
         if not options.get("padding") and len({len(row) for row in rows}) > 1:
             raise ValueError(f"rows of {[len(row) for row in rows]} tokens make no array; pass padding=True")
-        length = options.get("max_length") if options.get("padding") == "max_length" else None
+        length = most if options.get("padding") == "max_length" else None
         padded = pad_rows(rows, self.tokenizer, length=length, multiple=options.get("pad_to_multiple_of"))
         return Inputs({**padded, "mm_token_type_ids": self.token_types(padded["input_ids"]), **vision})
 
@@ -157,7 +157,7 @@ class Qwen2VLProcessor:
           ValueError: one side is more than 200 times the other.
         """
         made = self.image_processor
-        limits = made.size if frames is None else self.video_size
+        limits = self._limits(video=frames is not None)
         factor = made.patch_size * made.merge_size
         height, width = smart_resize(size[1], size[0], factor, limits["shortest_edge"], limits["longest_edge"])
         t = 1 if frames is None else -(-frames // made.temporal_patch_size)
@@ -175,7 +175,7 @@ class Qwen2VLProcessor:
         """pixel_values and image_grid_thw, or nothing where there is no image; errors carry the image's name."""
         if not images:
             return {}
-        made = [self._patches([image], None, names[i] if names else f"image {i}") for i, image in enumerate(images)]
+        made = [self._patches([image], self._limits(), names[i] if names else f"image {i}") for i, image in enumerate(images)]
         return {
             "pixel_values": np.concatenate([patches for patches, _ in made]),
             "image_grid_thw": np.array([grid for _, grid in made], np.int64),
@@ -189,20 +189,24 @@ class Qwen2VLProcessor:
         patches, grids = [patches for patches, _ in made], [grid for _, grid in made]
         return {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.array(grids, np.int64)}
 
+    def _limits(self, *, video: bool = False) -> dict[str, int]:
+        size = self.video_size if video else self.image_processor.size
+        return {edge: size[edge] for edge in ("shortest_edge", "longest_edge")}
+
     def _video(self, frames: Sequence[Any], name: str) -> tuple[np.ndarray, Grid]:
         together = self.image_processor.temporal_patch_size
         frames = [*frames, *[frames[-1]] * (-len(frames) % together)]
-        stills, (_, h, w) = self._patches(frames, self.video_size, name)
+        stills, (_, h, w) = self._patches(frames, self._limits(video=True), name)
         # [T, K, h·w, C, K, p, p]: still k of a group gives the k-th of its K temporal slices, which are all that still.
         size = self.image_processor.patch_size
         slices = stills.reshape(len(frames) // together, together, h * w, -1, together, size, size)
         patches = np.stack([slices[:, k, :, :, k] for k in range(together)], axis=3)
         return patches.reshape(-1, stills.shape[-1]), (len(frames) // together, h, w)
 
-    def _patches(self, images: Sequence[Any], size: Mapping[str, int] | None, name: str) -> tuple[np.ndarray, Grid]:
+    def _patches(self, images: Sequence[Any], size: dict[str, int], name: str) -> tuple[np.ndarray, Grid]:
         loaded = [load_image(image, where=name) for image in images]
         try:
-            made = self.image_processor(images=loaded, return_tensors="np", **({} if size is None else {"size": dict(size)}))
+            made = self.image_processor(loaded, size=size)
         except ValueError as error:
             raise ValueError(f"{name} of {loaded[0].width} x {loaded[0].height} pixels: {error}") from error
         t, h, w = (int(n) for n in made["image_grid_thw"][0])
