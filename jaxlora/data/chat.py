@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxlora.data.rows import Conversation, Message, PlainText
-from jaxlora.data.template import ANSWER, ESCAPE_END, ESCAPE_START, OTHER_PROBE, PROBE, RESERVED, Rendered, render
+from jaxlora.data.template import ESCAPE_END, ESCAPE_START, RESERVED
+from jaxlora.data.turns import Render, assistant_spans, common_prefix, control_tokens, in_the_templates_form, renderer
 
 IGNORE = -100
-Render = Callable[[Sequence[Message], bool], Rendered]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,126 +50,30 @@ def encode(row: Conversation | PlainText, tokenizer: Any, options: ChatOptions |
     try:
         if any(RESERVED.search(text) for message in row.messages for text in _texts(message)):
             raise ValueError("a text holds Unicode noncharacters U+FDD0 to U+FDD6, which are reserved for use inside programs")
-        messages = row.messages if options.allow_special_in_text else _escape_control_tokens(row.messages, tokenizer)
+        messages = in_the_templates_form(row.messages, tokenizer)
+        messages = messages if options.allow_special_in_text else _escape_control_tokens(messages, tokenizer)
         render_turns = renderer(tokenizer)
         rendered = render_turns(messages, False)
-        spans = _trained_spans(render_turns, rendered, messages, row.prompt_turns, options)
+        spans = _trained_spans(render_turns, rendered.text, messages, row.prompt_turns, options, control_tokens(tokenizer))
         return _tokenise(rendered.text, spans, tokenizer)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def renderer(tokenizer: Any, **variables: Any) -> Render:
-    """The tokenizer's chat template as a function (messages, add_generation_prompt) -> Rendered."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise ValueError("the tokenizer has no chat template; give rows with a text column, or set tokenizer.chat_template")
-    special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-
-    def render_turns(messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
-        given = {**special, **variables}
-        return render(template, messages, add_generation_prompt=add_generation_prompt, **given)
-
-    return render_turns
-
-
-def assistant_spans(render_turns: Render, messages: Sequence[Message]) -> list[tuple[int, int]]:
-    """The characters of every assistant turn in the rendered conversation: what the model is to write, with its end-of-turn token.
-
-    The template's ``{% generation %}`` blocks where it has them. Otherwise a turn starts where the generation prompt of the turns
-    before it ends. Its end is found by rendering it again with known content, which shows the text that closes a turn and opens the
-    next; white space after the closing token is not the model's to write.
-
-    >>> template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s> {% endfor %}{{ '<assistant>' if add_generation_prompt }}"
-    >>> turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    >>> assistant_spans(lambda messages, prompt: render(template, messages, add_generation_prompt=prompt), turns)
-    [(24, 30)]
-
-    Raises:
-      ValueError: the template writes a turn differently depending on its content, so that its end is not certain.
-    """
-    full = render_turns(messages, False)
-    if full.spans:
-        return list(full.spans)
-    return [_span_of(render_turns, full.text, messages, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def end_of_turn(tokenizer: Any) -> str:
-    """The text with which the chat template ends an assistant turn, for instance ``<|im_end|>``: what must stop generation."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
-    render_turns = renderer(tokenizer)
-    start, end = assistant_spans(render_turns, turns)[-1]
-    return render_turns(turns, False).text[start:end].rpartition(ANSWER)[2]
-
-
 def _trained_spans(
-    render_turns: Render, rendered: Rendered, messages: Sequence[Message], prompt_turns: int, options: ChatOptions
+    render_turns: Render, text: str, messages: Sequence[Message], prompt_turns: int, options: ChatOptions, control: Sequence[str]
 ) -> list[tuple[int, int]]:
     if not options.responses_only and not prompt_turns:
-        return [(0, len(rendered.text))]
+        return [(0, len(text))]
     if not any(message["role"] == "assistant" for message in messages[prompt_turns:]):
         raise ValueError(f"no assistant turn to train on; the roles are {[message['role'] for message in messages]}")
-    spans = assistant_spans(render_turns, messages)
+    spans = assistant_spans(render_turns, messages, control)
     if not spans:
         raise ValueError("the chat template's generation blocks are empty for this conversation")
     if prompt_turns:
-        before = _common_prefix(rendered.text, render_turns(messages[:prompt_turns], True).text)
-        spans = [span for span in spans if span[1] > before] if options.responses_only else [(before, len(rendered.text))]
+        before = common_prefix(text, render_turns(messages[:prompt_turns], True).text)
+        spans = [span for span in spans if span[1] > before] if options.responses_only else [(before, len(text))]
     return spans[-1:] if options.last_response_only else spans
-
-
-def _span_of(render_turns: Render, text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
-    before, turn, after = list(messages[:i]), messages[i], list(messages[i + 1 :])
-    # What follows a turn may depend neither on it nor on the turn before it.
-    earlier = [*before[:-1], _with_content(before[-1], ANSWER)] if before else []
-    alone = [
-        _suffix_after(render_turns([*before, _with_content(turn, PROBE)], False).text, PROBE),
-        _suffix_after(render_turns([*earlier, _with_content(turn, OTHER_PROBE)], False).text, OTHER_PROBE),
-    ]
-    if alone[0] != alone[1]:
-        raise _irregular(i)
-    if after:
-        following = render_turns([*before, _with_content(turn, PROBE), _with_content(after[0], OTHER_PROBE)], False).text
-        between = _suffix_after(following, PROBE).partition(OTHER_PROBE)[0]
-        next_content = _common_prefix(text, render_turns([*before, turn, _with_content(after[0], PROBE)], False).text)
-        closing = alone[0][: _common_prefix(alone[0], between)]
-        end_of_between = next_content
-    else:
-        between = closing = alone[0]
-        end_of_between = len(text)
-    if text[end_of_between - len(between) : end_of_between] != between:
-        raise _irregular(i)
-    end = end_of_between - len(between) + len(closing.rstrip() or closing)
-    prompt = render_turns(before, True).text if before else ""
-    if before and text.startswith(prompt):
-        return len(prompt), end
-    return _common_prefix(text, render_turns([*before, _with_content(turn, PROBE), *after], False).text), end
-
-
-def _irregular(i: int) -> ValueError:
-    return ValueError(
-        f"the end of message {i} cannot be found, because the chat template writes turns differently depending on their content; "
-        "put {% generation %} … {% endgeneration %} around the assistant's turn in the template"
-    )
-
-
-def _with_content(message: Message, text: str) -> Message:
-    """The same turn with other content, of the same form: a template may treat text and parts differently."""
-    content = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
-    return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": content}
-
-
-def _suffix_after(text: str, probe: str) -> str:
-    head, found, tail = text.partition(probe)
-    if not found:
-        raise ValueError("the chat template drops a turn's content")
-    return tail
-
-
-def _common_prefix(a: str, b: str) -> int:
-    return len(os.path.commonprefix([a, b]))
 
 
 def _escape_control_tokens(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
@@ -186,12 +89,6 @@ def _escape_control_tokens(messages: Sequence[Message], tokenizer: Any) -> list[
         if message["role"] != "assistant" and len(pattern.findall("".join(texts))) > sum(len(pattern.findall(text)) for text in texts):
             raise ValueError("a control token is spread over the text parts of one message")
     return [_map_text(message, escape) if message["role"] != "assistant" else message for message in messages]
-
-
-def control_tokens(tokenizer: Any) -> list[str]:
-    """The tokens that mean something besides their text: special ones, not those that a tokenizer merely adds."""
-    added = [entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.special]
-    return sorted({*added, *tokenizer.all_special_tokens})
 
 
 def _texts(message: Message) -> list[str]:

@@ -1,18 +1,16 @@
 """What the vision collator does: rows of messages and images to one micro-batch with Hugging Face's names."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxlora.data.chat import ChatOptions, Encoded, encode, renderer
+from jaxlora.data.chat import ChatOptions, Encoded, encode
 from jaxlora.data.images import Resize, ResizeDimension, image_size, load_image, resize_image, resized_size
 from jaxlora.data.padding import IGNORE, Inputs, pad_rows, truncate_ids
 from jaxlora.data.responses import Markers, mask_to_responses
-from jaxlora.data.rows import Conversation, Message, PlainText, media_of, read_row
-from jaxlora.data.template import ANSWER
+from jaxlora.data.rows import Conversation, PlainText, media_of, read_row
 
 # Placeholders and frames of media in the vocabularies of the families we know: never a target.
 MEDIA_TOKENS = (
@@ -98,7 +96,6 @@ def parse_row(row: Any, processor: Any, options: CollateOptions, *, where: str) 
     columns: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
     media: dict[str, list[Any]] = {"image": [], "video": []}
     if isinstance(read, Conversation):
-        read = dataclasses.replace(read, messages=_in_the_templates_form(read.messages, processor.tokenizer))
         media = {kind: media_of(read.messages, kind) for kind in media}
     for kind in media:
         given = columns.get(f"{kind}s")
@@ -120,35 +117,6 @@ def media_ids(tokenizer: Any) -> list[int]:
     """The ids of `MEDIA_TOKENS` that the vocabulary has."""
     vocabulary = tokenizer.get_vocab()
     return sorted(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary and vocabulary[token] != tokenizer.unk_token_id)
-
-
-def takes_parts(tokenizer: Any, role: str) -> bool:
-    """Whether the chat template writes the text of a list of parts, rather than the list itself, or an error."""
-    return _takes_parts(tokenizer, role, str(tokenizer.chat_template))
-
-
-@functools.lru_cache(maxsize=64)
-def _takes_parts(tokenizer: Any, role: str, template: str) -> bool:
-    turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    turns[role == "assistant"] = {"role": role, "content": [{"type": "text", "text": ANSWER}]}
-    try:
-        text = renderer(tokenizer)(turns, False).text
-    except ValueError:
-        return False
-    return ANSWER in text and "'type'" not in text
-
-
-def _in_the_templates_form(messages: Sequence[Message], tokenizer: Any) -> list[Message]:
-    """Text as a part where the template takes parts; text parts joined where it writes strings only."""
-    formed = []
-    for message in messages:
-        content, parts = message.get("content"), takes_parts(tokenizer, message["role"])
-        if parts and isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if not parts and isinstance(content, list) and all(part["type"] == "text" for part in content):
-            content = "".join(part["text"] for part in content)
-        formed.append({**message, **({} if content is None else {"content": content})})
-    return formed
 
 
 def _resized(size: tuple[int, int], options: CollateOptions) -> tuple[int, int]:

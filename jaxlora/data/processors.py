@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from jaxlora.data.chat import renderer
 from jaxlora.data.images import load_image
 from jaxlora.data.padding import Inputs, pad_rows, truncate_ids
 from jaxlora.data.positions import Grid
 from jaxlora.data.rows import media_of, read_messages
+from jaxlora.data.turns import renderer
 from jaxlora.errors import nearest
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora.data.chat import end_of_turn, renderer
 from jaxlora.data.padding import IGNORE
 from jaxlora.data.template import ANSWER, PROBE
+from jaxlora.data.turns import end_of_turn, renderer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,8 @@ def template_markers(tokenizer: Any) -> tuple[str, str]:
     instruction = rest.removeprefix(end_of_turn(tokenizer)).lstrip("\n")
     # What closes a user's turn is not part of what opens an assistant's, where the two can be told apart.
     alone = renderer(tokenizer)(turns[:1], False).text.partition(PROBE)[2]
-    response = response.removeprefix(alone) or response
+    opening = response.removeprefix(alone)
+    response = opening if opening.strip() else response
     if not instruction.strip() or not response.strip():
         raise ValueError(f"the chat template opens turns with {instruction!r} and {response!r}; name instruction_part and response_part")
     return instruction, response

@@ -3,12 +3,14 @@ import random
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxlora.data.chat import ChatOptions, encode, end_of_turn, renderer
+from jaxlora.data.chat import ChatOptions, encode
 from jaxlora.data.rows import Conversation, PlainText, media_of, read_row
 from jaxlora.data.template import render
-from tests.tiny_tokenizer import CHAT_TEMPLATES, make_tokenizer
+from jaxlora.data.turns import end_of_turn, renderer
+from tests.tiny_tokenizer import CHAT_TEMPLATES, TEXT, make_tokenizer
 
 # Own spellings of the styles that real templates have.
 CHATML = CHAT_TEMPLATES["qwen2_vl"].replace("<|im_end|>", "<|eot_id|>")
@@ -28,6 +30,17 @@ GENERATION = (
     "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
+# Like Mistral: the system message moves to the last turn if that is a user's, so that every prefix differs from the whole.
+MOVING = (
+    "{{ bos_token }}{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.last %}{{ system }}\n\n{% endif %}{{ m['content'] }}[/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# Like Phi-3: the end of the text follows the last turn, and starts like the header of a next one.
+CLOSING = (
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}\n{{ m['content'] }}<|end_of_text|>\n{% endfor %}"
+    "{{ '<|start_header_id|>assistant\n' if add_generation_prompt else eos_token }}"
+)
 PLAIN_END = (
     "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
@@ -38,6 +51,7 @@ STYLES = {
     "instruction": (INSTRUCTION, " "),
     "thinking": (THINKING, ""),
     "generation": (GENERATION, ""),
+    "moving": (MOVING, " "),
 }
 WORDS = "boat river tea 42 café naïve 東京 🙂 a,b x=1 \t two\nlines .\n\n ( ) the end... It's I'll <b> [INST] ### user: </think>x".split(
     " "
@@ -82,6 +96,34 @@ def test_the_labels_are_exactly_the_assistants_turns_with_their_end_token(tokeni
         assert label_text(encode(row, with_template(tokenizer, template)), tokenizer) == "".join(expected)
 
 
+def test_what_closes_the_conversation_closes_only_its_last_turn(tokenizer):
+    turns = [{"role": role, "content": content} for role, content in (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))]
+    encoded = encode(read_row(turns), with_template(tokenizer, CLOSING))
+    assert label_text(encoded, tokenizer) == "a<|end_of_text|>b<|end_of_text|>\n<|eot_id|>"
+
+
+def test_parts_are_joined_for_a_template_that_writes_strings_only(tokenizer):
+    drops_parts = "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+    turns = [
+        {"role": role, "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "boat"}]} for role in ("user", "assistant")
+    ]
+    encoded = encode(read_row(turns), with_template(tokenizer, drops_parts))
+    assert tokenizer.decode(encoded.input_ids) == "user: a boat<|eot_id|>assistant: a boat<|eot_id|>"
+
+
+def test_a_tokenizer_that_adds_a_space_to_every_piece_is_given_the_whole_text():
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    words.decoder = decoders.Metaspace(prepend_scheme="always")
+    words.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False))
+    metaspace = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+    metaspace.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    encoded = encode(read_row([{"role": "user", "content": "a boat"}, {"role": "assistant", "content": "the river"}]), metaspace)
+    whole = metaspace("user a boat</s>assistant the river</s>", add_special_tokens=False)["input_ids"]
+    assert encoded.input_ids.tolist() == whole
+    assert metaspace.decode(encoded.labels[encoded.labels != -100]).split() == ["the", "river</s>"]
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_ids_are_the_rendered_text(tokenizer, style, seed):
@@ -123,7 +165,9 @@ def test_a_template_adds_the_only_bos(tokenizer):
     assert (encoded.input_ids == tokenizer.bos_token_id).sum() == 1
 
 
-@pytest.mark.parametrize(("template", "end"), [(HEADERS, "<|eot_id|>"), (CHATML, "<|eot_id|>"), (PLAIN_END, "\n\n")])
+@pytest.mark.parametrize(
+    ("template", "end"), [(HEADERS, "<|eot_id|>"), (CHATML, "<|eot_id|>"), (PLAIN_END, "\n\n"), (CLOSING, "<|end_of_text|>")]
+)
 def test_the_end_of_a_turn_is_known(tokenizer, template, end):
     assert end_of_turn(with_template(tokenizer, template)) == end
 

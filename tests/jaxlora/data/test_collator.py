@@ -6,10 +6,11 @@ from PIL import Image
 
 from jaxlora.api.collator import UnslothVisionDataCollator, VisionDataCollator
 from jaxlora.data.batches import ModelValues, make_batch
-from jaxlora.data.collate import media_ids, takes_parts
+from jaxlora.data.collate import media_ids
 from jaxlora.data.ladder import Shape
 from jaxlora.data.positions import VisionValues
 from jaxlora.data.processors import load_processor
+from jaxlora.data.turns import takes_parts
 from tests.tiny_tokenizer import make_tokenizer
 
 
