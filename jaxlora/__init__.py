@@ -4,6 +4,8 @@ import os as _os
 
 # The first allocation would otherwise take three quarters of the device, used or not.
 _os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# transformers advises to install torch, which nothing here needs.
+_os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from jaxlora.api.collator import UnslothVisionDataCollator, VisionDataCollator
 from jaxlora.api.config import SFTConfig, TrainingArguments

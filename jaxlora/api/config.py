@@ -9,7 +9,16 @@ from jaxlora.errors import nearest, raise_all
 from jaxlora.train.optim import OptimConfig
 
 # Every AdamW there is trains the same way here: fp32 states, which LoRA keeps small.
-OPTIMIZERS = ("adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_hf", "adamw")
+OPTIMIZERS = (
+    "adamw_8bit",
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adamw_hf",
+    "adamw",
+)
 
 # Arguments of TrainingArguments and SFTConfig that mean nothing here, or that are this library's only way.
 IGNORED = (
@@ -113,7 +122,13 @@ class SFTConfig(_Known):
 
     def _check(self) -> None:
         faults = []
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_steps",
+        ):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
@@ -122,7 +137,9 @@ class SFTConfig(_Known):
             faults.append(f"optim must be one of {OPTIMIZERS} (all are AdamW here), got {self.optim!r}{nearest(self.optim, OPTIMIZERS)}")
         for name in ("save_strategy", "eval_strategy"):
             if getattr(self, name) not in STRATEGIES:
-                faults.append(f"{name} must be one of {STRATEGIES}, got {getattr(self, name)!r}{nearest(str(getattr(self, name)), STRATEGIES)}")
+                faults.append(
+                    f"{name} must be one of {STRATEGIES}, got {getattr(self, name)!r}{nearest(str(getattr(self, name)), STRATEGIES)}"
+                )
         raise_all("the training arguments are wrong", faults)
 
 

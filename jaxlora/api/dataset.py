@@ -69,7 +69,9 @@ class CollatedSource:
         return self._collator([self._rows[i] for i in rows])
 
 
-def encode_rows(rows: Sequence[Any], tokenizer: Any, options: ChatOptions, *, max_length: int | None, text_field: str, formatting: Any) -> list[Encoded]:
+def encode_rows(
+    rows: Sequence[Any], tokenizer: Any, options: ChatOptions, *, max_length: int | None, text_field: str, formatting: Any
+) -> list[Encoded]:
     """Tokenises text rows; longer ones are cut on the right at ``max_length``.
 
     Raises:
@@ -93,7 +95,9 @@ def encode_rows(rows: Sequence[Any], tokenizer: Any, options: ChatOptions, *, ma
 class Batches:
     """Optimizer steps of a source, in a resumable order, laid out in few shapes; prepared one ahead in a thread."""
 
-    def __init__(self, source: Source, values: ModelValues, *, rows: int, accumulate: int, seed: int, shuffle: bool = True, drop_last: bool = False):
+    def __init__(
+        self, source: Source, values: ModelValues, *, rows: int, accumulate: int, seed: int, shuffle: bool = True, drop_last: bool = False
+    ):
         self.source, self.values, self.rows, self.accumulate = source, values, rows, accumulate
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.shapes = ladder(source.lengths, rows=rows, shards_per_step=accumulate)

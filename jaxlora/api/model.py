@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.progress import Progress
 
 from jaxlora import export
 from jaxlora.adapt import LoRAConfig
@@ -158,7 +159,14 @@ class Model:
             return
         if self.lora is None:
             raise ValueError("this model has no adapter to save: call get_peft_model first, or save_pretrained_merged for the whole model")
-        export.save_adapter(folder, loaded=self.loaded, trainable=self.trainable, config=self.lora, base_name=self.name_or_path)
+        self.write_adapter(pathlib.Path(folder), self.trainable)
+
+    def write_adapter(self, folder: pathlib.Path, trainable: Mapping[str, Any]) -> None:
+        """Writes these values as the adapter (a trainer that holds them calls it)."""
+        assert self.lora is not None
+        export.save_adapter(
+            folder, trainable=trainable, frozen=self.frozen, config=self.lora, loaded=self.loaded, base_model_name_or_path=self.name_or_path
+        )
 
     def save_pretrained_merged(
         self,
@@ -211,8 +219,18 @@ class Model:
         )
 
     def _save_merged(self, folder: str | pathlib.Path, base_folder: str | pathlib.Path | None = None) -> None:
-        base = None if base_folder is None else pathlib.Path(base_folder)
-        export.save_merged(folder, loaded=self.loaded, trainable=self.trainable, frozen=self.frozen, config=self.lora, base_folder=base)
+        with Progress(transient=True) as bar:
+            task = bar.add_task("merging", total=None)
+            report = export.save_merged(
+                folder,
+                trainable=self.trainable,
+                frozen=self.frozen,
+                loaded=self.loaded,
+                base_folder=base_folder,
+                overwrite=True,
+                progress=lambda _, done, total: bar.update(task, completed=done, total=total),
+            )
+        print(f"jaxlora: {report.describe()}")
 
     @property
     def _values(self) -> Any:

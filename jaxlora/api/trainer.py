@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxlora import export
 from jaxlora.api.config import SFTConfig
 from jaxlora.api.dataset import Batches, CollatedSource, Source, TextSource, encode_rows
 from jaxlora.api.model import Model, refuse_unknown
@@ -103,7 +102,9 @@ class SFTTrainer:
           ValueError: there is nothing to resume, or it was another run (the differences are listed).
         """
         args, model = self.args, self.model
-        batches = self._batches(self.train_source, args.per_device_train_batch_size, args.gradient_accumulation_steps, shuffle=args.shuffle_dataset)
+        batches = self._batches(
+            self.train_source, args.per_device_train_batch_size, args.gradient_accumulation_steps, shuffle=args.shuffle_dataset
+        )
         total = args.total_steps(len(self.train_source.lengths))
         config = args.optimizer(total)
         adamw, rate = optimizer(config), schedule(config)
@@ -115,18 +116,22 @@ class SFTTrainer:
             dropout_key=jax.random.key(args.seed) if dropout else None,
             deterministic=args.full_determinism,
         )
+        self._banner(batches, total)
         trainable = model.lend("a running trainer")
         state = loop.LoopState(trainable=trainable, opt_state=adamw.init(dict(trainable)))
         try:
             self._resume(state, resume_from_checkpoint)
-            self._banner(batches, total)
             first = state.step
-            loop.run(step, state, model.frozen, batches.starting(state.step), self._loop_config(total, batches), self._callbacks(batches, rate))
+            loop.run(
+                step, state, model.frozen, batches.starting(state.step), self._loop_config(total, batches), self._callbacks(batches, rate)
+            )
         finally:
             model.give_back(state.trainable)
             self.state = TrainerState(state.step, state.log_history)
         losses = state.losses
-        return TrainOutput(state.step, loop.mean_loss(losses), {"train_loss": loop.mean_loss(losses), "train_steps": float(state.step - first)})
+        return TrainOutput(
+            state.step, loop.mean_loss(losses), {"train_loss": loop.mean_loss(losses), "train_steps": float(state.step - first)}
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Mean token loss on the evaluation rows: the same masked loss as in training, without dropout; no logits are kept.
@@ -162,7 +167,9 @@ class SFTTrainer:
     def _batches(self, source: Source, rows: int, accumulate: int, *, shuffle: bool) -> Batches:
         values = self.model.loaded.spec.values(self.model.loaded.raw_config)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Batches(source, values, rows=rows, accumulate=accumulate, seed=seed, shuffle=shuffle, drop_last=self.args.dataloader_drop_last)
+        return Batches(
+            source, values, rows=rows, accumulate=accumulate, seed=seed, shuffle=shuffle, drop_last=self.args.dataloader_drop_last
+        )
 
     def _execution(self) -> Execution:
         return execution(self.model.use_gradient_checkpointing)
@@ -203,7 +210,7 @@ class SFTTrainer:
 
         def extra(folder: pathlib.Path) -> None:
             if model.lora is not None:
-                export.save_adapter(folder, loaded=model.loaded, trainable=state.trainable, config=model.lora, base_name=model.name_or_path)
+                model.write_adapter(folder, state.trainable)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
@@ -214,7 +221,13 @@ class SFTTrainer:
             "log_history": state.log_history,
         }
         checkpoint.save(
-            pathlib.Path(self.args.output_dir), state.step, state.trainable, state.opt_state, record, extra=extra, keep=self.args.save_total_limit
+            pathlib.Path(self.args.output_dir),
+            state.step,
+            state.trainable,
+            state.opt_state,
+            record,
+            extra=extra,
+            keep=self.args.save_total_limit,
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -247,7 +260,10 @@ class SFTTrainer:
         trained, whole = model.parameter_counts()
         devices = f"{len(jax.local_devices())} x {jax.local_devices()[0].device_kind}"
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(dict(model.frozen))} | {f"trained {leaf.dtype}" for leaf in jax.tree.leaves(dict(model.trainable))})
+        dtypes = sorted(
+            {str(leaf.dtype) for leaf in jax.tree.leaves(dict(model.frozen))}
+            | {f"trained {leaf.dtype}" for leaf in jax.tree.leaves(dict(model.trainable))}
+        )
         lines = [
             f"devices       {devices}; {', '.join(dtypes)}",
             f"parameters    {trained:,} trainable of {whole:,} ({100 * trained / whole:.3f} %)",

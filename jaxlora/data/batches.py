@@ -24,9 +24,10 @@ INPUT_NAMES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelValues:
-    """What the data pipeline must know of a model."""
+    """What the data pipeline must know of a model. ``vocab_size`` None: token ids are not checked."""
 
     pad_token_id: int
+    vocab_size: int | None = None
     vision: VisionValues | None = None
 
 
@@ -81,6 +82,7 @@ def make_batch(
     Raises:
       ValueError: a row or its images do not fit, features and placeholders do not match (the row is named), an unknown input.
     """
+    _refuse_unknown_ids(micro_batches, values.vocab_size)
     count = len(micro_batches) if accumulate is None else accumulate
     if len(micro_batches) > count or rows % shards:
         raise ValueError(f"{len(micro_batches)} micro-batches of {rows} rows do not fit {count} micro-batches on {shards} data shards")
@@ -241,6 +243,19 @@ def _empty(count: int, values: ModelValues, shape: Shape, sizes: tuple[int, int,
         segment_lengths=np.zeros((count, rows, segments), np.int32),
         **vision,
     )
+
+
+def _refuse_unknown_ids(micro_batches: Sequence[Inputs], vocab_size: int | None) -> None:
+    if vocab_size is None:
+        return
+    for name in ("input_ids", "labels"):
+        for inputs in micro_batches:
+            ids = np.asarray(inputs.get(name, 0))
+            if ids.size and ids.max() >= vocab_size:
+                raise ValueError(
+                    f"{name} hold token {ids.max()}, but the model's vocabulary has {vocab_size}; is this the model's own tokenizer, and were "
+                    "tokens added to it?"
+                )
 
 
 def _refuse_what_does_not_fit(parsed: Sequence[Row], batch: Batch, where: str) -> None:

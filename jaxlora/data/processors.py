@@ -18,7 +18,7 @@ from jaxlora.data.rows import media_of, read_messages
 from jaxlora.data.turns import renderer
 from jaxlora.errors import nearest
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _IMAGE_KEYS = (
     *("do_resize", "resample", "size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"),
     *("patch_size", "temporal_patch_size", "merge_size"),
@@ -243,8 +243,8 @@ PROCESSORS = {"qwen2_vl": Qwen2VLProcessor}
 def load_processor(folder: str | Path, model_type: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
     """The processor of a vision-language model, else the tokenizer, else None with a warning that says what the folder lacks."""
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        warnings.warn(f"{folder} has none of {', '.join(_TOKENIZER_FILES)}: the model loads without a tokenizer", stacklevel=2)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        warnings.warn(f"{folder} has none of {', '.join(TOKENIZER_FILES)}: the model loads without a tokenizer", stacklevel=2)
         return None
     if model_type not in PROCESSORS:
         return _load_tokenizer(folder)
@@ -255,7 +255,7 @@ def load_processor(folder: str | Path, model_type: str, *, min_pixels: int | Non
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     older = folder / "chat_template.json"

@@ -112,6 +112,7 @@ def values(config: Mapping[str, Any]) -> ModelValues:
     channels, frames, height, width = vision.patch_shape
     return ModelValues(
         pad_token_id=next(pads, 0),
+        vocab_size=read(config).text.vocab_size,
         vision=VisionValues(
             image_token_id=whole["image_token_id"],
             video_token_id=whole["video_token_id"],

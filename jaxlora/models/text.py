@@ -59,7 +59,7 @@ def init_caches(config: DecoderConfig, batch: int, length: int, dtype: Any) -> t
 def values(config: Mapping[str, Any]) -> ModelValues:
     """What batches need of a text model."""
     pad = config.get("pad_token_id")
-    return ModelValues(pad_token_id=0 if pad is None else pad)
+    return ModelValues(pad_token_id=0 if pad is None else pad, vocab_size=config["vocab_size"])
 
 
 def lengthen(config: DecoderConfig, max_seq_length: int) -> DecoderConfig:

@@ -1,5 +1,6 @@
 """What the progress bar and the log show besides the loss."""
 
+import collections
 import time
 
 import jax
@@ -15,24 +16,20 @@ def peak_gib() -> float | None:
 
 
 class Throughput:
-    """Tokens per second over the steps since the last reading; the first step (it compiles) is left out."""
+    """Tokens per second over the last steps; the first step is left out, since it compiles."""
 
-    def __init__(self):
-        self._since: float | None = None
-        self._tokens = 0
+    def __init__(self, window: int = 20):
+        self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=window + 1)
+        self._total = 0
 
     def add(self, tokens: int) -> None:
         """Counts a finished step's tokens (padding excluded)."""
-        if self._since is None:
-            self._since = time.perf_counter()
-        else:
-            self._tokens += tokens
+        self._total += tokens if self._marks else 0
+        self._marks.append((time.perf_counter(), self._total))
 
     def read(self) -> float | None:
-        """Tokens per second since the last reading, or None before there is one."""
-        if self._since is None or not self._tokens:
+        """Tokens per second, or None before the second step."""
+        if len(self._marks) < 2:
             return None
-        now = time.perf_counter()
-        rate = self._tokens / (now - self._since)
-        self._since, self._tokens = now, 0
-        return rate
+        (then, before), (now, after) = self._marks[0], self._marks[-1]
+        return (after - before) / (now - then)
