@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -14,6 +14,7 @@ from jaxlora.typing import Array, Float, Int
 jax.tree_util.register_dataclass(Batch, data_fields=[f.name for f in dataclasses.fields(Batch)], meta_fields=[])
 
 
+@runtime_checkable
 class CausalModel(Protocol):
     """What a model answers to. It is an nnx.Module whose paths are Hugging Face's."""
 
