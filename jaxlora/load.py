@@ -109,7 +109,7 @@ def load(folder: str | pathlib.Path, config: LoadConfig = LoadConfig(), *, progr
     model = spec.build(model_config, dtype=dtype)
     wanted = [path for stacked in flatten_leaves(nnx.to_pure_dict(nnx.state(model))) for path in expand(stacked)]
     tied = model_config.tie_word_embeddings
-    rules = _ignore_equal_heads(spec, checkpoint.names()) if tied else spec.rules
+    rules = ignore_equal_heads(spec, checkpoint.names()) if tied else spec.rules
     placement = plan(checkpoint.names(), wanted, rules, tied=tied)
     formats, kept = _choose_formats(linear_paths(model), placement, checkpoint, config)
     edit_linears(model, functools.partial(_set_format, formats=formats, dtype=dtype))
@@ -159,7 +159,7 @@ def _with_tie(spec: ModelSpec, config: Any, checkpoint: Checkpoint) -> Any:
     return config
 
 
-def _ignore_equal_heads(spec: ModelSpec, names: list[str]) -> Rules:
+def ignore_equal_heads(spec: ModelSpec, names: list[str]) -> Rules:
     """The rules for a tied model whose file may hold the head as well, equal to the embedding."""
     spelling = spec.rules.detect(names)
     return dataclasses.replace(spec.rules, ignore=(*spec.rules.ignore, *map(spelling.to_disk, spec.rules.ties)))
