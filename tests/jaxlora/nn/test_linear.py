@@ -13,7 +13,7 @@ from jaxlora.weights.lora import LoRA
 from jaxlora.weights.nf4 import NF4
 from tests.tolerances import REORDERED_FP32
 
-I, OUTS, RANKS = 20, (24, 8, 12), (4, None, 3)
+WIDTH, OUTS, RANKS = 20, (24, 8, 12), (4, None, 3)
 SCALE = 1.7
 
 
@@ -21,7 +21,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-def make(i, *, rank, dropout=0.0, bias=True, weight=Dense, width=I):
+def make(i, *, rank, dropout=0.0, bias=True, weight=Dense, width=WIDTH):
     linear = Linear(width, OUTS[i], bias=bias, dtype=jnp.float32)
     dense = normal(10 + i, OUTS[i], width) / width**0.5
     linear.weight.set_value(Dense(dense) if weight is Dense else jax.jit(weight.quantise)(dense))
@@ -76,13 +76,13 @@ def test_values_are_the_formulas(weight, width):
 
 
 def test_every_gradient_of_dense_linears_is_the_formulas():
-    linears, x = group(), normal(0, 5, I)
+    linears, x = group(), normal(0, 5, WIDTH)
     assert_close(gradients(project, linears, x), gradients(formula, linears, x))
 
 
 @pytest.mark.parametrize("weight", [Int4, NF4])
 def test_gradients_of_adapters_and_input_are_the_formulas_over_packed_weights(weight):
-    linears, x = group(weight=weight), normal(0, 5, I)
+    linears, x = group(weight=weight), normal(0, 5, WIDTH)
     (ours, dx), (theirs, dx_theirs) = gradients(project, linears, x), gradients(formula, linears, x)
     for i, rank in enumerate(RANKS):
         if rank:
@@ -91,24 +91,24 @@ def test_gradients_of_adapters_and_input_are_the_formulas_over_packed_weights(we
 
 
 def test_leading_axes_are_kept():
-    linears, x = group(), normal(0, 2, 3, I)
-    for y, flat in zip(project(linears, x), project(linears, x.reshape(6, I)), strict=True):
+    linears, x = group(), normal(0, 2, 3, WIDTH)
+    for y, flat in zip(project(linears, x), project(linears, x.reshape(6, WIDTH)), strict=True):
         np.testing.assert_array_equal(y.reshape(6, -1), flat)
 
 
 def test_a_group_of_one_is_the_call():
-    linear, x = make(0, rank=4), normal(0, 5, I)
+    linear, x = make(0, rank=4), normal(0, 5, WIDTH)
     np.testing.assert_array_equal(linear(x), project((linear,), x)[0])
 
 
 def test_a_group_is_each_linear_alone():
-    linears, x = group(), normal(0, 5, I)
+    linears, x = group(), normal(0, 5, WIDTH)
     assert_close(project(linears, x), tuple(linear(x) for linear in linears))
 
 
 def test_adapter_gradients_are_fp32_under_bf16_activations():
     linears = group(weight=Int4, bias=False)
-    leaves, _ = gradients(project, linears, normal(0, 5, I).astype(jnp.bfloat16))
+    leaves, _ = gradients(project, linears, normal(0, 5, WIDTH).astype(jnp.bfloat16))
     assert {leaves[i][name].dtype.name for i, rank in enumerate(RANKS) if rank for name in ("lora_A", "lora_B")} == {"float32"}
 
 
@@ -142,16 +142,16 @@ def with_masks(linears, x):
 
 class TestDropout:
     def test_gradients_use_the_mask_of_the_forward(self):
-        linears, x = dropping(), normal(0, 5, I)
+        linears, x = dropping(), normal(0, 5, WIDTH)
         assert_close(jitted(with_keys, linears, x), jitted(with_masks, linears, x))
         assert_close(gradients(with_keys, linears, x), gradients(with_masks, linears, x))
 
     def test_does_not_happen_without_keys(self):
-        linears, x = dropping(), normal(0, 5, I)
+        linears, x = dropping(), normal(0, 5, WIDTH)
         assert_close(project(linears, x), formula(linears, x))
 
     def test_keeps_the_expectation(self):
-        linear, x = make(0, rank=4, dropout=RATE), normal(0, 2, I)
+        linear, x = make(0, rank=4, dropout=RATE), normal(0, 2, WIDTH)
         draws = jax.vmap(lambda key: linear(x, key))(jax.random.split(jax.random.key(0), 4000))
         # Four standard errors of the mean.
         bound = 4 * np.asarray(draws).std(0) / 4000**0.5
@@ -180,7 +180,7 @@ def test_no_decoded_weight_is_kept_for_the_backward(weight):
 
 
 def test_a_dense_weight_returns_its_gradient():
-    linear, x, dy = make(0, rank=4, bias=False), normal(0, 5, I), normal(1, 5, OUTS[0])
+    linear, x, dy = make(0, rank=4, bias=False), normal(0, 5, WIDTH), normal(1, 5, OUTS[0])
     graphdef, state = nnx.split(linear)
     gradient = jax.grad(lambda state: jnp.vdot(nnx.merge(graphdef, state)(x), dy))(nnx.to_pure_dict(state))
     np.testing.assert_allclose(gradient["weight"].array, dy.T @ x, rtol=1e-5, atol=1e-5)
