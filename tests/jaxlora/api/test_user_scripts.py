@@ -136,22 +136,14 @@ def adapted(model):
     return [linear for linear in linears(model.module()).values() if linear.lora is not None]
 
 
+ALL_ON = dict.fromkeys(("finetune_vision_layers", "finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules"), True)
+VISION = {"vision attention": 4, "vision mlp": 4}
+LANGUAGE = {"language attention": 8, "language mlp": 6}
 SELECTIONS = {
-    "language only": (
-        {"finetune_vision_layers": False, "finetune_language_layers": True, "finetune_attention_modules": True,
-         "finetune_mlp_modules": True, "r": 16},
-        {"language attention": 8, "language mlp": 6},
-    ),
-    "vision only": (
-        {"finetune_vision_layers": True, "finetune_language_layers": False, "r": 32},
-        {"vision attention": 4, "vision mlp": 4},
-    ),
-    "all-linear": (
-        {"target_modules": "all-linear", "finetune_vision_layers": True, "finetune_language_layers": True, "finetune_attention_modules": True,
-         "finetune_mlp_modules": True},
-        {"vision attention": 4, "vision mlp": 4, "language attention": 8, "language mlp": 6, "connector other": 2},
-    ),
-}  # fmt: skip
+    "language only": ({**ALL_ON, "finetune_vision_layers": False, "r": 16}, LANGUAGE),
+    "vision only": ({"finetune_vision_layers": True, "finetune_language_layers": False, "r": 32}, VISION),
+    "all-linear": ({**ALL_ON, "target_modules": "all-linear"}, {**VISION, **LANGUAGE, "connector other": 2}),
+}
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
