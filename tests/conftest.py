@@ -11,7 +11,9 @@ if not os.environ.get("JAXLORA_TEST_GPU"):
 if importlib.util.find_spec("beartype"):
     import jaxtyping
 
-    jaxtyping.install_import_hook(["jaxlora", "pallas_kernels", "conversion"], "beartype.beartype")
+    import tests.annotations
+
+    jaxtyping.install_import_hook(["jaxlora", "pallas_kernels", "conversion"], "tests.annotations.checked")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

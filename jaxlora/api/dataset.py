@@ -2,7 +2,7 @@
 
 import concurrent.futures
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from jaxlora.data.rows import read_row
 from jaxlora.errors import raise_all
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows by number. ``lengths`` are (tokens, patches); ``segments`` and ``images`` the most that a row has."""
 
