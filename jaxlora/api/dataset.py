@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlora.data.batches import Batch, ModelValues, make_batch, split_rows
 from jaxlora.data.chat import IGNORE, ChatOptions, Encoded, encode
-from jaxlora.data.ladder import Shape, ladder, padding_waste, smallest_that_holds
+from jaxlora.data.ladder import ladder, padding_waste, smallest_that_holds
 from jaxlora.data.order import DataState, next_rows
 from jaxlora.data.packing import pack
 from jaxlora.data.padding import pad_rows

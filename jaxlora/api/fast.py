@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,6 +83,7 @@ class FastModel:
         _refuse_unavailable("from_pretrained", arguments, UNAVAILABLE_LOADING)
         refuse_unknown("from_pretrained", arguments, IGNORED_LOADING)
         quant_type = _quant_type(quantization_config, quant_type)
+        _keep_compiled_programs()
         folder = folders.resolve(model_name, token=token, revision=revision)
         adapter = folder if folders.is_adapter(folder) else None
         base_name = folders.base_of(folder) if adapter else str(model_name)
@@ -213,6 +216,13 @@ class FastLanguageModel(FastModel):
             return model
         flags = {"finetune_vision_layers": False} if not _towers(model) - {"language"} else {}
         return FastModel.get_peft_model(model, r, target_modules, lora_alpha, **{**flags, **arguments})
+
+
+def _keep_compiled_programs() -> None:
+    """Turns the persistent compilation cache on, unless the user chose a place (JAX_COMPILATION_CACHE_DIR) or there is no accelerator."""
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxlora" / "xla"))
 
 
 def _towers(model: Model) -> set[str]:
