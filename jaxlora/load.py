@@ -21,12 +21,11 @@ from conversion.formats import bnb
 from conversion.rules import Plan, Rules, plan
 from conversion.safetensors_io import Checkpoint, open_checkpoint
 from conversion.stream import stream
-from jaxlora.adapt import edit_linears
 from jaxlora.errors import raise_all
 from jaxlora.models import registry
 from jaxlora.models.spec import ModelSpec
 from jaxlora.nn.linear import Linear
-from jaxlora.nn.stack import flatten_leaves, linear_paths, nest
+from jaxlora.nn.stack import edit_linears, flatten_leaves, linear_paths, nest
 from jaxlora.select import expand, is_stacked
 from jaxlora.typing import Array, Int
 from jaxlora.weights.base import AbstractWeight
