@@ -78,6 +78,19 @@ def outer(dy: Float[Array, "N O"], x: Float[Array, "N I"]) -> Float[Array, "O I"
     return jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def interleave(even: Float[Array, "O half"], odd: Float[Array, "O half"], dtype: Any) -> Float[Array, "O I"]:
+    """Columns even[:, 0], odd[:, 0], even[:, 1], …, rounded to ``dtype``.
+
+    A bf16 pair is written as one 32-bit word: a kernel that writes single 16-bit columns reaches half the memory bandwidth (H200: 1.9
+    against 3.4 TB/s). The barrier keeps XLA from going back to single columns.
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return jnp.stack([even, odd], axis=-1).reshape(even.shape[0], -1).astype(dtype)
+    low, high = (jax.lax.bitcast_convert_type(half.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for half in (even, odd))
+    words = jax.lax.optimization_barrier(low | (high << 16))
+    return jax.lax.bitcast_convert_type(words, jnp.bfloat16).reshape(even.shape[0], -1)
+
+
 def _one_product(x: Float[Array, "N I"], u: Float[Array, "N R"]) -> bool:
     """Whether x and u are contracted together: on a GPU, copying a narrow x costs less than writing and reading a wide update.
 
