@@ -29,7 +29,8 @@ POSITIONAL = {
     "FastVisionModel.for_inference": "model",
     "SFTTrainer": "model args train_dataset eval_dataset",
     "UnslothVisionDataCollator": "model processor max_seq_length formatting_func resize ignore_index train_on_responses_only "
-    "instruction_part response_part force_match num_proc last_response_only completion_only_loss pad_to_multiple_of resize_dimension snap_to_patch_size",
+    "instruction_part response_part force_match num_proc last_response_only completion_only_loss pad_to_multiple_of "
+    "resize_dimension snap_to_patch_size",
     "train_on_responses_only": "trainer instruction_part response_part force_match",
     "Model.save_pretrained": "self folder",
     "Model.save_pretrained_merged": "self folder tokenizer save_method",
