@@ -248,7 +248,7 @@ MUTANTS = [
         CHECKPOINT,
     ),
     Mutant("jaxlora/api/trainer.py", "batches.starting(state.step)", "batches.starting(0)", "a resumed run reads its rows again", RESUME),
-    Mutant("jaxlora/train/loop.py", "jnp.int32(state.step)", "jnp.int32(len(state.log_history) % 2)", "dropout repeats", RESUME),
+    Mutant("jaxlora/train/loop.py", "jnp.int32(state.step)", "jnp.int32(0)", "every step has number 0: dropout repeats", LOOP),
     Mutant("jaxlora/api/trainer.py", "total += float(_eval_loss(", "total += 2 * float(_eval_loss(", "evaluation counts twice", EVALUATION),
     # stacks, selection, export, decoding
     Mutant("jaxlora/nn/stack.py", "jnp.concatenate(parts)[inverse]", "jnp.concatenate(parts)", "outputs of layers out of order", STACK),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlora import FastLanguageModel, FastVisionModel
-from tests.jaxlora.api.conftest import picture
+from tests.jaxlora.api.conftest import picture, write_folder
 from tests.tolerances import LOGITS_FP32
 
 NEW = 6
@@ -69,6 +69,14 @@ class TestRaggedPrompts:
 def test_the_tokens_depend_on_the_prompt(greedy):
     assert len({tuple(row) for row in greedy}) == len(ROWS)
     assert max(len(set(row)) for row in greedy) > 1
+
+
+def test_a_sliding_window_is_the_same_with_a_cache(tmp_path):
+    folder = write_folder(tmp_path, "mistral", sliding_window=4)
+    model, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False)
+    model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=32, init_lora_weights=False)
+    out = model.generate(**padded(ROWS, "right"), max_new_tokens=NEW, eos_token_id=[])[:, 9:]
+    assert out.tolist() == [step_by_step(model, row) for row in ROWS]
 
 
 class TestEnd:

@@ -97,6 +97,18 @@ def test_stopping_and_going_on_gives_the_same_bits():
     assert same(straight.opt_state, stopped.opt_state)
 
 
+def test_every_step_is_told_its_number_also_after_a_stop():
+    state, numbers = fresh(), []
+
+    def step(*args):
+        numbers.append(int(args[-1]))
+        return STEP(*args)
+
+    for stop in (2, 5):
+        run(state, step=step, total_steps=stop)
+    assert numbers == [0, 1, 2, 3, 4]
+
+
 def test_a_batch_without_labels_is_an_error_that_names_the_step():
     with pytest.raises(ValueError, match="step 1 has no labelled token"):
         run(fresh(), total_steps=3, batches=toy.batches(labelled=False))
