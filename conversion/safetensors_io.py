@@ -129,7 +129,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         raise CheckpointError(_why_nothing_opens(root))
     weight_map, index_metadata = _read_index(root / INDEX_NAME)
     files = sorted(set(weight_map.values()))
-    _check_names(root, set(files))
+    check_names(root, set(files))
     headers = {file: read_header(root / file) for file in files}
     _check_coverage(root, weight_map, headers)
     tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
@@ -139,7 +139,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 def open_single(folder: str | os.PathLike, file: str) -> Checkpoint:
     """Opens one safetensors file of a folder as a checkpoint of its own; raises as ``open_checkpoint``."""
     root = pathlib.Path(folder)
-    _check_names(root, {file})
+    check_names(root, {file})
     header = read_header(root / file)
     return Checkpoint(root, header.tensors, {file: header.metadata})
 
@@ -228,7 +228,7 @@ def parse_json(raw: bytes) -> dict:
 
 def _read_index(path: pathlib.Path) -> tuple[dict[str, str], dict]:
     try:
-        _check_names(path.parent, {path.name})
+        check_names(path.parent, {path.name})
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise CheckpointError(f"it is larger than {MAX_HEADER_BYTES} bytes")
         fields = parse_json(path.read_bytes())
@@ -244,7 +244,7 @@ def _read_index(path: pathlib.Path) -> tuple[dict[str, str], dict]:
     return weight_map, metadata
 
 
-def _check_names(root: pathlib.Path, names: set[str]) -> None:
+def check_names(root: pathlib.Path, names: set[str]) -> None:
     """Refuses file names that leave the folder, before any of them is opened."""
     home = pathlib.Path(os.path.realpath(root))
     # A hub cache keeps models--x/snapshots/<revision>/file as a link to models--x/blobs/<hash>.

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from conversion.formats import bnb
-from conversion.rules import Plan, plan
+from conversion.rules import Plan, Rules, plan
 from conversion.safetensors_io import Checkpoint, open_checkpoint
 from conversion.stream import stream
 from jaxlora.adapt import edit_linears
@@ -108,7 +108,9 @@ def load(folder: str | pathlib.Path, config: LoadConfig = LoadConfig(), *, progr
     dtype = config.compute_dtype
     model = spec.build(model_config, dtype=dtype)
     wanted = [path for stacked in flatten_leaves(nnx.to_pure_dict(nnx.state(model))) for path in expand(stacked)]
-    placement = plan(checkpoint.names(), wanted, spec.rules, tied=model_config.tie_word_embeddings)
+    tied = model_config.tie_word_embeddings
+    rules = ignore_equal_heads(spec, checkpoint.names()) if tied else spec.rules
+    placement = plan(checkpoint.names(), wanted, rules, tied=tied)
     formats, kept = _choose_formats(linear_paths(model), placement, checkpoint, config)
     edit_linears(model, functools.partial(_set_format, formats=formats, dtype=dtype))
     _fill(model, checkpoint, placement, progress)
@@ -157,6 +159,12 @@ def _with_tie(spec: ModelSpec, config: Any, checkpoint: Checkpoint) -> Any:
     return config
 
 
+def ignore_equal_heads(spec: ModelSpec, names: list[str]) -> Rules:
+    """The rules for a tied model whose file may hold the head as well, equal to the embedding."""
+    spelling = spec.rules.detect(names)
+    return dataclasses.replace(spec.rules, ignore=(*spec.rules.ignore, *map(spelling.to_disk, spec.rules.ties)))
+
+
 def _choose_formats(
     paths: Iterable[str], placement: Plan, checkpoint: Checkpoint, config: LoadConfig
 ) -> tuple[dict[str, AbstractWeight], dict[str, str]]:
@@ -167,9 +175,10 @@ def _choose_formats(
         parts = placement.companions.get(f"{path}.weight")
         if parts is not None and "SCB" not in parts:
             name = placement.placed[f"{path}.weight"]
-            stored = bnb.decode(name, checkpoint.read(name), {suffix: checkpoint.read(part) for suffix, part in parts.items()})
-            assert isinstance(stored, bnb.QuantizedTensor)
-            formats[path] = NF4.abstract_like(stored)
+            state = bnb.state_suffix(parts)
+            if not state:
+                raise ValueError(f"{name} has {sorted(parts)} but no quantisation state; is the checkpoint complete?")
+            formats[path] = NF4.abstract_like(bnb.read_structure(name, state, checkpoint.read(parts[state])))
         elif parts is not None:
             kept[path] = "stored as int8, decoded on loading"
         elif placement.companions:

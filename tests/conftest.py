@@ -26,10 +26,10 @@ def key():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a GPU, tests marked gpu are deselected: they are counted, and no skip hides among the results."""
-    if os.environ.get("JAXLORA_TEST_GPU"):
-        return
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu:
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Without a GPU, or the oracle's Python, tests that need it are deselected: they are counted, and no skip hides among the results."""
+    present = {"gpu": os.environ.get("JAXLORA_TEST_GPU"), "oracle": os.environ.get("JAXLORA_ORACLE_PYTHON")}
+    lacking = [marker for marker, found in present.items() if not found]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in lacking)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

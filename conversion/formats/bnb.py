@@ -11,7 +11,7 @@ Here the LOW nibble of a byte is the even element; on disk it is the high one, a
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -49,6 +49,20 @@ class Nested:
         return self.code_book[self.codes] * scale + np.float32(self.offset)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What of a 4-bit weight is known without its codes: logical shape, dtype ("bfloat16", …), quant_type ("nf4", "fp4"), block sizes.
+
+    ``nested_blocksize`` is None where the block scales are not quantised themselves.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    quant_type: str
+    blocksize: int
+    nested_blocksize: int | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class QuantizedTensor:
     """A 4-bit weight of logical ``shape``: u8 codes [ceil(n / 2)], f32 code_book [16], f32 absmax [blocks], low nibble first.
@@ -66,6 +80,13 @@ class QuantizedTensor:
     dtype: str
     shape: tuple[int, ...]
     storage: str = "U8"
+
+    @property
+    def structure(self) -> Structure:
+        """All but the arrays."""
+        nested = None if self.nested is None else self.nested.blocksize
+        kind = self.quant_type
+        return Structure(shape=self.shape, dtype=self.dtype, quant_type=kind, blocksize=self.blocksize, nested_blocksize=nested)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,6 +115,27 @@ def suffix_of(name: str) -> str:
     ('quant_state.bitsandbytes__nf4', '')
     """
     return next((s for s in (*_SUFFIXES_4BIT, *_SUFFIXES_INT8) if name.endswith(f".{s}")), "")
+
+
+def state_suffix(suffixes: Iterable[str]) -> str:
+    """Returns the one of a weight's companions that holds its ``Structure``, or an empty string.
+
+    >>> state_suffix(["absmax", "quant_map", "quant_state.bitsandbytes__fp4"])
+    'quant_state.bitsandbytes__fp4'
+    """
+    return next((s for s in suffixes if s.startswith(_STATE)), "")
+
+
+def read_structure(name: str, suffix: str, state: np.ndarray) -> Structure:
+    """Returns the structure of the weight ``name`` from its companion ``suffix`` (``state_suffix``), a few hundred bytes.
+
+    Raises:
+      ValueError: if it is not a complete quantisation state.
+    """
+    fields, kind = _read_state(name, state), suffix.removeprefix(_STATE)
+    nested = fields["nested_blocksize"] if "nested_offset" in fields else None
+    shape = tuple(fields["shape"])
+    return Structure(shape=shape, dtype=fields["dtype"], quant_type=kind, blocksize=fields["blocksize"], nested_blocksize=nested)
 
 
 def decode(name: str, weight: np.ndarray, companions: Mapping[str, np.ndarray]) -> QuantizedTensor | Int8Tensor:

@@ -79,7 +79,7 @@ class NF4(AbstractWeight):
         Raises:
           NotImplementedError: its scales are quantised in blocks other than 256.
         """
-        leaf = cls.abstract_like(stored)
+        leaf = cls.abstract_like(stored.structure)
         nested = stored.nested
         parts = None if nested is None else (jnp.asarray(nested.code_book), jnp.asarray(nested.absmax), jnp.float32(nested.offset))
         absmax = stored.absmax if nested is None else nested.codes
@@ -87,12 +87,12 @@ class NF4(AbstractWeight):
         return dataclasses.replace(leaf, **arrays, code_book=jnp.asarray(stored.code_book), nested=parts)
 
     @classmethod
-    def abstract_like(cls, stored: bnb.QuantizedTensor) -> "NF4":
-        """The structure that ``from_stored`` gives."""
-        if stored.nested is not None and stored.nested.blocksize != NESTED_BLOCK:
-            raise NotImplementedError(f"nested scales in blocks of {stored.nested.blocksize} are not modelled, only {NESTED_BLOCK}")
+    def abstract_like(cls, stored: bnb.Structure) -> "NF4":
+        """The structure that ``from_stored`` gives, before any of its arrays is read."""
+        if stored.nested_blocksize not in (None, NESTED_BLOCK):
+            raise NotImplementedError(f"nested scales in blocks of {stored.nested_blocksize} are not modelled, only {NESTED_BLOCK}")
         out, features = stored.shape
-        return cls.abstract((out, features), stored.dtype, double_quant=stored.nested is not None, blocksize=stored.blocksize)
+        return cls.abstract((out, features), stored.dtype, double_quant=stored.nested_blocksize is not None, blocksize=stored.blocksize)
 
     @property
     def shape(self) -> tuple[int, int]:

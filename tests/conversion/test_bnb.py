@@ -43,6 +43,14 @@ def test_dequantised_weight_is_bitsandbytes_bit_for_bit(label, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("label", LABELS)
+def test_structure_is_read_from_the_state_alone(label, variant):
+    name, tensors = f"{variant}.weight", golden(label)
+    suffix = bnb.state_suffix(bnb.suffix_of(k) for k in stored(tensors, name) if k != name)
+    assert bnb.read_structure(name, suffix, tensors[f"{name}.{suffix}"]) == decoded(tensors, name).structure
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("label", LABELS)
 def test_reading_and_writing_again_gives_every_byte_back(label, variant):
     name, tensors = f"{variant}.weight", golden(label)
     expected = {k: bits(v) for k, v in stored(tensors, name).items()}
