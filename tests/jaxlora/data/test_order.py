@@ -8,9 +8,11 @@ from jaxlora.data.order import DataState, next_rows, row_order
 
 def read(state, n, count, seed, until):
     rows = []
-    while state.epoch < until:
-        taken, state = next_rows(state, n, count, seed)
-        rows += taken.tolist()
+    for _ in range(until * n):
+        if state.epoch < until:
+            taken, state = next_rows(state, n, count, seed)
+            rows += taken.tolist()
+    assert state.epoch == until
     return rows
 
 
