@@ -15,7 +15,7 @@ from jaxlora.api import folders
 from jaxlora.api.model import Model, refuse_unknown
 from jaxlora.errors import nearest
 from jaxlora.load import LoadConfig, Loaded, describe_formats, load, read_config
-from jaxlora.nn.stack import linear_paths
+from jaxlora.nn.stack import linear_paths, linears
 from jaxlora.select import Selection
 
 log = logging.getLogger(__name__)
@@ -243,8 +243,9 @@ def _attach(model: Model, module: nnx.Module, selection: Selection, config: adap
 
 def _attach_saved(model: Model, folder: Any) -> None:
     module = model.module()
-    config, selection = adapt.attach_from(module, folder, rules=model.loaded.spec.rules)
-    model.lora, model.selection = config, selection
+    config = adapt.attach_from(module, folder, rules=model.loaded.spec.rules)
+    adapted = [path for stacked, linear in linears(module).items() if linear.lora is not None for path in select.expand(stacked)]
+    model.lora, model.selection = config, select.by_pattern(linear_paths(module), adapted)
     model.replace(adapt.partition(module, config.modules_to_save))
 
 
