@@ -2,13 +2,13 @@
 
 import concurrent.futures
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxlora.data.batches import Batch, ModelValues, make_batch, split_rows
 from jaxlora.data.chat import IGNORE, ChatOptions, Encoded, encode
-from jaxlora.data.ladder import Shape, ladder, padding_waste, smallest_that_holds
+from jaxlora.data.ladder import ladder, padding_waste, smallest_that_holds
 from jaxlora.data.order import DataState, next_rows
 from jaxlora.data.packing import pack
 from jaxlora.data.padding import pad_rows
@@ -16,6 +16,7 @@ from jaxlora.data.rows import read_row
 from jaxlora.errors import raise_all
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows by number. ``lengths`` are (tokens, patches); ``segments`` and ``images`` the most that a row has."""
 
