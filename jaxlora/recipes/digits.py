@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxlora.typing import Int, UInt8
 
@@ -64,7 +64,7 @@ def as_written(scan: UInt8[np.ndarray, "8 8"]) -> Image.Image:
 
 def inverted_and_turned(scan: UInt8[np.ndarray, "8 8"]) -> Image.Image:
     """Black ink on white, turned by 90 degrees against the clock: the domain that the adapter learns."""
-    return as_written(np.ascontiguousarray(255 - np.rot90(scan)))
+    return ImageOps.invert(as_written(scan)).transpose(Image.Transpose.ROTATE_90)
 
 
 def question(image: Image.Image) -> dict[str, Any]:

@@ -27,6 +27,16 @@ from jaxlora.typing import Int
 _LOADING = {"dtype": "float32", "use_gradient_checkpointing": False}
 _NEW_TOKENS = 3
 _QUESTIONS_AT_ONCE = 120
+_CAPTION = (
+    "Both LoRA runs took {steps} steps, on inverted and turned digits alone: hence what they lose on the others. Without its adapter the "
+    "base is what it was."
+)
+
+
+BASE, BASE_4BIT = "base", "base in 4 bits"
+ADAPTED, WITHOUT_VISION = "4 bits + LoRA on vision and language", "4 bits + LoRA, vision layers off"
+RELOADED, UNQUANTISED = "4 bits + saved adapter", "unquantised base + saved adapter"
+MERGED = "saved merged model, unquantised"
 
 
 class QuickstartError(RuntimeError):
@@ -43,9 +53,9 @@ class QuickstartConfig:
 
     output_dir: pathlib.Path = pathlib.Path("jaxlora_quickstart")
     seed: int = 0
-    base_steps: int = 200
-    adapter_steps: int = 200
-    rows_per_step: int = 64
+    base_steps: int = 350
+    adapter_steps: int = 250
+    rows_per_step: int = 32
     train_scans: int | None = None
     test_scans: int | None = None
     before: float = 0.40
@@ -55,7 +65,7 @@ class QuickstartConfig:
 def run(config: QuickstartConfig) -> list[Result]:
     """Runs the quickstart; writes the models, ``loss.png`` and ``answers.png`` into ``config.output_dir``, and prints one table.
 
-    >>> # run(QuickstartConfig(output_dir=pathlib.Path("out")))[0].name == "base model"
+    >>> # run(QuickstartConfig(output_dir=pathlib.Path("out")))[0].name == "base"
 
     Raises:
       ImportError: scikit-learn or matplotlib is missing; says what to install.
@@ -76,19 +86,14 @@ def run(config: QuickstartConfig) -> list[Result]:
     with _stage("5/5  adapter and merged model are loaded again"):
         quickstart.load_again()
     results = quickstart.results
-    report.print_table(results)
+    by_name = {result.name: result for result in results}
+    report.print_table(results, caption=_CAPTION.format(steps=config.adapter_steps))
     report.draw_losses(folder / "loss.png", quickstart.losses)
-    base, adapted = results[0], next(result for result in results if result.name == ADAPTED)
-    report.draw_answers(folder / "answers.png", test, base, adapted)
-    print(f"written to {folder}: base, adapter, merged, loss.png, answers.png")
+    report.draw_answers(folder / "answers.png", test, by_name[BASE], by_name[ADAPTED])
+    print(f"written to {folder}: random, base, adapter, merged, loss.png, answers.png")
     print(f"the whole quickstart took {time.perf_counter() - began:.0f} s")
     check(results, before=config.before, after=config.after)
     return results
-
-
-BASE, BASE_4BIT, ADAPTED = "base model", "base model in 4 bits", "… with LoRA on vision and language"
-WITHOUT_VISION, RELOADED = "… with LoRA, vision layers off", "adapter loaded again on the 4-bit base"
-UNQUANTISED, MERGED = "adapter on the unquantised base", "merged model"
 
 
 def check(results: Sequence[Result], *, before: float, after: float) -> None:
@@ -104,7 +109,7 @@ def check(results: Sequence[Result], *, before: float, after: float) -> None:
         if result.differing
     ]
     if accuracy[BASE] >= before:
-        faults.append(f"the base model reads {accuracy[BASE]:.1%} of the new domain, expected below {before:.0%}")
+        faults.append(f"the base reads {accuracy[BASE]:.1%} of the new domain, expected below {before:.0%}")
     if accuracy[ADAPTED] < after:
         faults.append(f"the adapted model reads {accuracy[ADAPTED]:.1%} of the new domain, expected at least {after:.0%}")
     raise_all("the quickstart did not show what it is there to show", faults, kind=QuickstartError)
@@ -122,7 +127,7 @@ class _Quickstart:
         """Full fine-tuning on the digits as they were written."""
         model, processor = FastVisionModel.from_pretrained(self._path("random"), full_finetuning=True, **_LOADING)
         rows = [row(as_written(scan), word) for scan, word in zip(self.train.pixels, self.train.words, strict=True)]
-        self._fit("full fine-tuning, digits as written", model, processor, rows, steps=self.config.base_steps, learning_rate=2e-3)
+        self._fit("full fine-tuning, digits as written", model, processor, rows, steps=self.config.base_steps, learning_rate=1.5e-3)
         model.save_pretrained(self._path("base"))
         processor.save_pretrained(self._path("base"))
         self._measure(BASE, model, processor)
@@ -142,7 +147,7 @@ class _Quickstart:
         )
         rows = [row(inverted_and_turned(scan), word) for scan, word in zip(self.train.pixels, self.train.words, strict=True)]
         label = f"QLoRA, new domain, vision layers {'on' if vision else 'off'}"
-        self._fit(label, model, processor, rows, steps=self.config.adapter_steps, learning_rate=5e-3)
+        self._fit(label, model, processor, rows, steps=self.config.adapter_steps, learning_rate=3e-3)
         self._measure(ADAPTED if vision else WITHOUT_VISION, model, processor)
         if vision:
             model.save_pretrained(self._path("adapter"))
@@ -205,14 +210,14 @@ def ask(model: Model, processor: Any, images: Sequence[Image.Image], words: Sequ
         prompts = [processor.apply_chat_template([question(image)], add_generation_prompt=True) for image in some]
         inputs = processor(images=some, text=prompts, padding=True)
         new = model.generate(**inputs, max_new_tokens=_NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
-        tokens.append(_widen(new, model))
+        tokens.append(_widen(new, processor.tokenizer.pad_token_id))
         texts += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return Answers(tokens=np.concatenate(tokens), texts=texts, right=[text == word for text, word in zip(texts, words, strict=True)])
 
 
-def _widen(new: Int[np.ndarray, "B new"], model: Model) -> Int[np.ndarray, "B 3"]:
+def _widen(new: Int[np.ndarray, "B new"], pad: int) -> Int[np.ndarray, "B 3"]:
     """Answers of fewer tokens, padded as ``generate`` pads within a batch."""
-    return np.pad(new, ((0, 0), (0, _NEW_TOKENS - new.shape[1])), constant_values=model.config.text_config.pad_token_id)
+    return np.pad(new, ((0, 0), (0, _NEW_TOKENS - new.shape[1])), constant_values=pad)
 
 
 @contextlib.contextmanager

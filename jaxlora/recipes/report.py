@@ -56,17 +56,19 @@ class Result:
         return dataclasses.replace(self, compared_to=other.name, differing=differing)
 
 
-def print_table(results: Sequence[Result], console: Console | None = None) -> None:
-    """Prints accuracies on the test scans, and what was compared."""
+def print_table(results: Sequence[Result], *, caption: str, console: Console | None = None) -> None:
+    """Prints accuracies on the test scans, and how many answers are the same as those of another line."""
     scans = len(results[0].old.texts)
-    table = Table(title=f"test accuracy on {scans} scans that no model was trained on")
+    table = Table(title=f"test accuracy on {scans} scans that no model was trained on", caption=caption)
+    table.add_column("", justify="right")
     table.add_column("model")
     table.add_column("as written", justify="right")
     table.add_column("inverted, turned", justify="right")
-    table.add_column("same answers, token for token")
+    table.add_column("same tokens", justify="right")
+    number = {result.name: i for i, result in enumerate(results, 1)}
     for result in results:
-        same = "" if result.compared_to is None else f"{result.asked - result.differing} of {result.asked} as: {result.compared_to}"
-        table.add_row(result.name, f"{result.old.accuracy:.1%}", f"{result.new.accuracy:.1%}", same)
+        same = f"{result.asked - result.differing} of {result.asked} as {number[result.compared_to]}" if result.compared_to else ""
+        table.add_row(str(number[result.name]), result.name, f"{result.old.accuracy:.1%}", f"{result.new.accuracy:.1%}", same)
     (console or Console()).print(table)
 
 
@@ -102,9 +104,11 @@ def draw_answers(path: pathlib.Path, test: Scans, base: Result, adapted: Result)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
+    # Text below the axes is not in the layout: the last line of answers needs this room.
+    figure.get_layout_engine().set(h_pad=0.12)
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 3))
-    upper.suptitle("Test scans as written, with the base model's answers", fontsize=13)
-    lower.suptitle("The same digits inverted and turned: the base model's answer → the adapted model's", fontsize=13)
+    upper.suptitle("Test scans as written, with the base's answers", fontsize=13)
+    lower.suptitle("The same digits inverted and turned: the base's answer → the adapted model's", fontsize=13)
     of_digit = [np.flatnonzero(test.digits == digit) for digit in range(len(WORDS))]
     for r, axes_row in enumerate(upper.subplots(2, len(WORDS))):
         for axes, scans in zip(axes_row, of_digit, strict=True):
