@@ -199,9 +199,9 @@ class _Merge:
         if path is None:
             return [self._make(name, dtype, shape, lambda: self.source.read(name))]
         found = [self._make(name, dtype, shape, lambda: self._value(path, self.source.read(name)))]
-        for head, embedding in self.source.placement.tied.items():
-            if embedding == path and self._differs(head, embedding):
-                disk = self.source.placement.spelling.to_disk(head)
+        for head, embedding in self.source.ties.items():
+            disk = self.source.placement.spelling.to_disk(head)
+            if embedding == path and disk not in self.source.checkpoint.tensors and self._differs(head, embedding):
                 found.append(self._make(disk, dtype, shape, lambda head=head: self._value(head, self.source.read(name))))
                 self.planned.add(head)
         self.planned.add(path)

@@ -11,5 +11,7 @@ GRADIENT_COSINE = 0.99999
 GRADIENT_NORM = 1e-4
 # The same sum in another order, in fp32.
 REORDERED_FP32 = 1e-6
+# The same for one small leaf of a gradient: its sums cancel, so that roundings of 6e-8 are 20 times as large beside them.
+LEAF_REORDERED_FP32 = 5e-6
 # Packed rows against the same rows alone, fp32: blocks of keys are summed in another order.
 PACKED_FP32 = 1e-5

@@ -1,4 +1,7 @@
-"""Writes the committed references: ``JAXLORA_ORACLE_PYTHON=… python -m tests.oracle.make_golden [model_type … | peft_parity | bnb_folders]``."""
+"""Writes the committed references: ``JAXLORA_ORACLE_PYTHON=… python -m tests.oracle.make_golden [name …]``.
+
+A name is a model_type, "peft_parity" or "bnb_folders".
+"""
 
 import shutil
 import sys

@@ -1,0 +1,61 @@
+"""Tiny checkpoint folders with tokenizers, and models loaded from them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxlora.models import registry
+from jaxlora.recipes.random_model import write_random_checkpoint
+from tests.tiny_tokenizer import make_tokenizer
+
+VOCAB = 400
+
+
+def write_folder(folder, model_type, **changes):
+    """A random checkpoint with a tokenizer whose ids fit it."""
+    family = "qwen2_vl" if model_type == "qwen2_vl" else "llama"
+    make_tokenizer(folder, family)
+    ids = {entry["content"]: entry["id"] for entry in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    config = {**registry.get(model_type).tiny, "vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 4096}
+    if family == "qwen2_vl":
+        config |= {"vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
+        config |= {"vision_token_id": ids["<|vision_pad|>"], "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"]}
+        config |= {"vision_config": {**config["vision_config"], "patch_size": 14, "spatial_patch_size": 14}}
+        config |= {"eos_token_id": ids["<|im_end|>"]}
+    else:
+        config |= {"eos_token_id": ids["<|eot_id|>"], "pad_token_id": ids["<|pad|>"]}
+    return write_random_checkpoint(folder, {**config, **changes}, seed=1)
+
+
+def picture(seed, width=70, height=56):
+    """An image of noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def vision_row(seed, **size):
+    """One row in the form of the OCR script."""
+    user = [{"type": "text", "text": "What is the total?"}, {"type": "image", "image": picture(seed, **size)}]
+    return {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "OCR assistant"}]},
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": [{"type": "text", "text": f"The total is {seed}."}]},
+        ]
+    }
+
+
+def text_row(i):
+    """One conversation."""
+    return {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"The answer is {i * i}."}]}
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def qwen2_vl_folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("qwen2_vl"), "qwen2_vl")

@@ -1,0 +1,124 @@
+"""The step: what may not change the gradient (accumulation, remat), and what may not change at all (frozen bytes)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.adapt import LoRAConfig, attach, partition
+from jaxlora.data.batches import make_batch
+from jaxlora.data.ladder import Shape
+from jaxlora.load import LoadConfig, load
+from jaxlora.models import registry
+from jaxlora.nn.decoder import Execution
+from jaxlora.nn.stack import flatten, linear_paths
+from jaxlora.select import by_pattern
+from jaxlora.train.optim import OptimConfig, optimizer
+from jaxlora.train.remat import execution
+from jaxlora.train.step import make_step, value_and_grad
+from tests.jaxlora.reference import reference_folder
+from tests.tolerances import LEAF_REORDERED_FP32, REORDERED_FP32
+
+TEXT = ("llama", "mistral", "qwen2", "qwen3")
+LENGTH, SEED = 24, 3
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+gradient_of = jax.jit(value_and_grad, static_argnums=(0, 4))
+
+
+@functools.cache
+def adapted(model_type="qwen3", quant_type=None):
+    """(values, graphdef, trainable, frozen) of a tiny model with adapters whose A and B are random."""
+    options = {"load_in_4bit": True, "quant_type": quant_type} if quant_type else {}
+    loaded = load(reference_folder(model_type), LoadConfig(dtype="float32", **options))
+    config = LoRAConfig(r=4, lora_alpha=8.0, init_lora_weights=False)
+    attach(loaded.model, by_pattern(linear_paths(loaded.model), TARGETS), config)
+    return loaded.spec.values(loaded.raw_config), *partition(loaded.model)
+
+
+def rows(count):
+    """Rows of ragged lengths with ragged numbers of labels; one has none."""
+    rng = np.random.default_rng(SEED)
+    lengths, column = rng.integers(8, LENGTH + 1, count), np.arange(LENGTH)
+    ids = rng.integers(3, registry.get("qwen3").tiny["vocab_size"], (count, LENGTH), dtype=np.int32)
+    mask, prompts = column < lengths[:, None], rng.integers(1, 8, count)
+    prompts[1] = LENGTH
+    return {"input_ids": ids, "attention_mask": mask.astype(np.int32), "labels": np.where(mask & (column >= prompts[:, None]), ids, -100)}
+
+
+def split(inputs, values, micro, *, accumulate):
+    """Micro-batches of ``micro`` rows; the last may be short, and missing ones are empty."""
+    count = len(inputs["input_ids"])
+    parts = [{name: array[i : i + micro] for name, array in inputs.items()} for i in range(0, count, micro)]
+    return make_batch(parts, values, Shape(LENGTH, 0), rows=micro, accumulate=accumulate)
+
+
+def distance(ours, theirs):
+    """The relative difference of the whole gradient."""
+    ours, theirs = flatten(ours), flatten(theirs)
+    assert set(ours) == set(theirs)
+    squares = [(jnp.sum(jnp.square(ours[path] - theirs[path])), jnp.sum(jnp.square(theirs[path]))) for path in theirs]
+    return float(jnp.sqrt(sum(s for s, _ in squares) / sum(s for _, s in squares)))
+
+
+def largest_distance(ours, theirs):
+    """The largest relative difference of a leaf."""
+    theirs = flatten(theirs)
+    return max(distance({path: leaf}, {path: theirs[path]}) for path, leaf in flatten(ours).items())
+
+
+@pytest.mark.parametrize("count", [8, 5], ids=["full", "last partial window"])
+def test_accumulating_four_micro_batches_is_one_batch_of_eight(count):
+    values, graphdef, trainable, frozen = adapted()
+    inputs = rows(count)
+    loss, gradient = gradient_of(graphdef, trainable, frozen, split(inputs, values, 8, accumulate=1), Execution())
+    accumulated = gradient_of(graphdef, trainable, frozen, split(inputs, values, 2, accumulate=4), Execution())
+    assert abs(float(accumulated[0] / loss) - 1) <= REORDERED_FP32
+    assert distance(accumulated[1], gradient) <= REORDERED_FP32
+    assert largest_distance(accumulated[1], gradient) <= LEAF_REORDERED_FP32
+
+
+@functools.cache
+def gradient_under(policy):
+    values, graphdef, trainable, frozen = adapted()
+    return gradient_of(graphdef, trainable, frozen, split(rows(2), values, 2, accumulate=1), execution(policy))
+
+
+@pytest.mark.parametrize("policy", [True, "unsloth", "dots"])
+def test_remat_changes_neither_loss_nor_gradient(policy):
+    (loss, gradient), (expected_loss, expected) = gradient_under(policy), gradient_under(False)
+    assert abs(float(loss / expected_loss) - 1) <= REORDERED_FP32
+    assert distance(gradient, expected) <= REORDERED_FP32
+    assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
+
+
+@pytest.mark.parametrize("model_type", TEXT)
+def test_every_trainable_leaf_of_an_adapter_has_a_gradient(model_type):
+    values, graphdef, trainable, frozen = adapted(model_type)
+    _, gradient = gradient_of(graphdef, trainable, frozen, split(rows(2), values, 2, accumulate=1), Execution())
+    assert [path for path, leaf in flatten(gradient).items() if not np.any(leaf)] == []
+
+
+@pytest.mark.parametrize("model_type", TEXT)
+def test_every_leaf_has_a_gradient_in_full_fine_tuning(model_type):
+    loaded = load(reference_folder(model_type), LoadConfig(dtype="float32"))
+    graphdef, trainable, frozen = partition(loaded.model, full=True)
+    batch = split(rows(2), loaded.spec.values(loaded.raw_config), 2, accumulate=1)
+    _, gradient = gradient_of(graphdef, trainable, frozen, batch, Execution())
+    dead = [path for path, leaf in flatten(gradient).items() if not np.any(jax.tree.leaves(leaf)[0])]
+    assert dead == []
+
+
+@pytest.mark.parametrize("quant_type", [None, "int4", "nf4"])
+def test_training_changes_no_frozen_byte(quant_type):
+    values, graphdef, trainable, frozen = adapted("qwen3", quant_type)
+    before = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(frozen)]
+    tx = optimizer(OptimConfig(learning_rate=1e-2, lr_scheduler_type="constant"))
+    # The step donates what it trains.
+    start = jax.tree.map(jnp.copy, trainable)
+    step = make_step(graphdef, tx, Execution())
+    trained, _, metrics = step(start, tx.init(start), frozen, split(rows(2), values, 2, accumulate=1), 0)
+    assert bool(metrics["finite"])
+    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(frozen)] == before
+    assert all(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(trainable), strict=True))
