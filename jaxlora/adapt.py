@@ -17,7 +17,7 @@ from conversion.peft_format import read_adapter
 from conversion.rules import Rules
 from jaxlora.errors import nearest, raise_all
 from jaxlora.nn.linear import Linear
-from jaxlora.nn.stack import Stack, flatten_leaves, fold_path, linear_paths, linears, nest
+from jaxlora.nn.stack import edit_linears, flatten_leaves, fold_path, linear_paths, linears, nest
 from jaxlora.select import Selection, expand, is_stacked
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import AbstractWeight, abstract
@@ -151,25 +151,6 @@ def fill_adapters(model: nnx.Module, value: Callable[[str, str], Any]) -> None:
         for leaf in ("lora_A", "lora_B", "lora_scale"):
             values = [jnp.asarray(value(path, leaf), jnp.float32) for path in paths]
             getattr(linear, leaf).set_value(values[0] if paths == [stacked] else jnp.stack(values))
-
-
-def edit_linears(model: nnx.Module, edit: Callable[[str, Linear], None]) -> None:
-    """Calls ``edit(path, linear)`` on every Linear, regrouping stacks by what it changed; new leaves stay abstract."""
-    stacks = {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, Stack)}
-    for path, stack in stacks.items():
-
-        def edit_block(layer: int, block: nnx.Module, path: str = path) -> None:
-            for inner, linear in linears(block).items():
-                edit(f"{path}.{layer}.{inner}", linear)
-
-        *parents, name = path.split(".")
-        owner = model
-        for parent in parents:
-            owner = getattr(owner, parent)
-        setattr(owner, name, stack.regroup(edit_block))
-    for path, linear in linears(model).items():
-        if not any(path.startswith(f"{stack}.") for stack in stacks):
-            edit(path, linear)
 
 
 def partition(model: nnx.Module, modules_to_save: Iterable[str] = (), *, full: bool = False) -> tuple[Any, dict[str, Any], dict[str, Any]]:

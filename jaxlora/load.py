@@ -21,13 +21,12 @@ from conversion.formats import bnb
 from conversion.rules import Plan, Rules, plan
 from conversion.safetensors_io import Checkpoint, open_checkpoint
 from conversion.stream import stream
-from jaxlora.adapt import edit_linears
 from jaxlora.errors import raise_all
 from jaxlora.models import registry
 from jaxlora.models.spec import ModelSpec
 from jaxlora.nn.linear import Linear
-from jaxlora.nn.stack import flatten_leaves, linear_paths, nest
-from jaxlora.select import expand
+from jaxlora.nn.stack import edit_linears, flatten_leaves, linear_paths, nest
+from jaxlora.select import expand, is_stacked
 from jaxlora.typing import Array, Int
 from jaxlora.weights.base import AbstractWeight
 from jaxlora.weights.dense import Dense
@@ -201,13 +200,11 @@ def _set_format(path: str, linear: Linear, *, formats: Mapping[str, AbstractWeig
 
 def _fill(model: nnx.Module, checkpoint: Checkpoint, placement: Plan, progress: Progress | None) -> None:
     leaves = flatten_leaves(nnx.to_pure_dict(nnx.state(model)))
-    where = {
-        path: (stacked, i if len(paths) > 1 or paths[0] != stacked else None)
-        for stacked in leaves
-        for paths in [expand(stacked)]
-        for i, path in enumerate(paths)
-    }
-    leaves = {stacked: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), leaf) for stacked, leaf in leaves.items()}
+    where = {path: (stacked, i if is_stacked(stacked) else None) for stacked in leaves for i, path in enumerate(expand(stacked))}
+    # A leaf of one layer is taken as it comes; only stacks are filled piece by piece.
+    stacks = {stacked: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), leaf) for stacked, leaf in leaves.items() if is_stacked(stacked)}
+    leaves |= stacks
+    del stacks
     total = sum(checkpoint.info(name).nbytes for name in placement.placed.values())
     done, faults = 0, []
     for path, tensor in stream(checkpoint, placement):
@@ -228,10 +225,9 @@ def _put(like: Any, tensor: Any, i: int | None) -> Any:
     """Decodes or quantises one tensor as ``like`` is stored, into layer ``i`` of it (or as the whole of it)."""
     if isinstance(tensor, bnb.Int8Tensor):
         tensor = bnb.dequantise_int8(tensor)
-    stored = tensor.shape if isinstance(tensor, bnb.QuantizedTensor) else tensor.shape
     expected = like.shape if isinstance(like, AbstractWeight) else like.shape[0 if i is None else 1 :]
-    if tuple(stored) != tuple(expected):
-        raise ValueError(f"has shape {tuple(stored)}, the config says {tuple(expected)}")
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"has shape {tuple(tensor.shape)}, the config says {tuple(expected)}")
     new = _encode(like, tensor)
     if i is None:
         return new

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import logging
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,6 +84,7 @@ class FastModel:
         refuse_unavailable("from_pretrained", arguments, UNAVAILABLE_LOADING)
         refuse_unknown("from_pretrained", arguments, IGNORED_LOADING, inspect.signature(FastModel.from_pretrained).parameters)
         quant_type = _quant_type(quantization_config, quant_type)
+        _keep_compiled_programs()
         folder = folders.resolve(model_name, token=token, revision=revision)
         adapter = folder if folders.is_adapter(folder) else None
         base_name = folders.base_of(folder) if adapter else str(model_name)
@@ -227,6 +230,13 @@ def _settings(model: Model) -> dict[str, Any]:
 
 def _same(has: Any, wanted: Any) -> bool:
     return sorted(wanted) == has if isinstance(has, list) and isinstance(wanted, list | tuple) else has == wanted
+
+
+def _keep_compiled_programs() -> None:
+    """Turns the persistent compilation cache on, unless the user chose a place (JAX_COMPILATION_CACHE_DIR) or there is no accelerator."""
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxlora" / "xla"))
 
 
 def _load_with_progress(folder: Any, config: LoadConfig) -> Loaded:

@@ -130,9 +130,8 @@ class SFTTrainer:
             model.give_back(state.trainable)
             self.state = TrainerState(state.step, state.log_history)
         losses = state.losses
-        return TrainOutput(
-            state.step, loop.mean_loss(losses), {"train_loss": loop.mean_loss(losses), "train_steps": float(state.step - first)}
-        )
+        metrics = {"train_loss": loop.mean_loss(losses), "train_steps": float(state.step - first), "first_step_s": state.first_step_s}
+        return TrainOutput(state.step, loop.mean_loss(losses), metrics)
 
     def evaluate(self) -> dict[str, float]:
         """Mean token loss on the evaluation rows: the same masked loss as in training, without dropout; no logits are kept.

@@ -253,8 +253,8 @@ def _refuse_unknown_ids(micro_batches: Sequence[Inputs], vocab_size: int | None)
             ids = np.asarray(inputs.get(name, 0))
             if ids.size and ids.max() >= vocab_size:
                 raise ValueError(
-                    f"{name} hold token {ids.max()}, but the model's vocabulary has {vocab_size}; is this the model's own tokenizer, and were "
-                    "tokens added to it?"
+                    f"{name} hold token {ids.max()}, but the model's vocabulary has {vocab_size}; is this the model's own tokenizer, "
+                    "and were tokens added to it?"
                 )
 
 

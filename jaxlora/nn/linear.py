@@ -81,20 +81,37 @@ def _weight(linear: Linear) -> AbstractWeight:
 def _forward(
     rates: tuple[float, ...], x: Array, weights: tuple[AbstractWeight, ...], loras: tuple[LoRA | None, ...], keys: Any
 ) -> tuple[Array, ...]:
-    us = _down(rates, x, loras, keys)
-    return tuple(w.matmul(x, None if lora is None else (u, _scaled(lora, x.dtype))) for w, lora, u in zip(weights, loras, us, strict=True))
+    return _ys(x, weights, loras, _down(rates, x, loras, keys))
 
 
 _project = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
 def _project_fwd(rates: tuple[float, ...], x: Array, weights: Any, loras: Any, keys: Any) -> tuple[tuple[Array, ...], Any]:
-    return _forward(rates, x, weights, loras, keys), (x, weights, loras, keys)
+    # A few columns a Linear, for which the backward would read x once more.
+    us = [None if u is None else checkpoint_name(u, "lora_u") for u in _down(rates, x, loras, keys)]
+    return _ys(x, weights, loras, us), (x, weights, loras, keys, us)
+
+
+def _ys(x: Array, weights: tuple[AbstractWeight, ...], loras: tuple[LoRA | None, ...], us: list[Array | None]) -> tuple[Array, ...]:
+    """y_i = W_i x + s_i B_i u_i. All Linears get the same columns u, B_i being zero at the others', so that [x, u] is one array."""
+    adapted = [u for u in us if u is not None]
+    if not adapted:
+        return tuple(w.matmul(x) for w in weights)
+    columns = jnp.concatenate(adapted, axis=1)
+    ys, at = [], 0
+    for w, lora in zip(weights, loras, strict=True):
+        if lora is None:
+            ys.append(w.matmul(x))
+            continue
+        b = jnp.pad(_scaled(lora, x.dtype), ((0, 0), (at, columns.shape[1] - at - lora.rank)))
+        ys.append(w.matmul(x, (columns, b)))
+        at += lora.rank
+    return tuple(ys)
 
 
 def _project_bwd(rates: tuple[float, ...], residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
-    x, weights, loras, keys = residuals
-    us = _down(rates, x, loras, keys)
+    x, weights, loras, keys, us = residuals
     dus = [None if lora is None else _up(dy, lora) for lora, dy in zip(loras, dys, strict=True)]
     plain = [i for i, lora in enumerate(loras) if lora is not None and not rates[i]]
     dx = None

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from conversion.hf_config import Rope
 
+from conversion.hf_config import Rope
 from jaxlora.typing import Array, Float, Int
 
 KINDS = ("default", "linear", "llama3")

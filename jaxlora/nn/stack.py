@@ -226,6 +226,25 @@ def linear_paths(module: nnx.Module) -> list[str]:
     return sorted((path for stacked in linears(module) for path in expand(stacked)), key=_natural)
 
 
+def edit_linears(model: nnx.Module, edit: Callable[[str, Linear], None]) -> None:
+    """Calls ``edit(path, linear)`` on every Linear, regrouping stacks by what it changed; new leaves stay abstract."""
+    stacks = {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, Stack)}
+    for path, stack in stacks.items():
+
+        def edit_block(layer: int, block: nnx.Module, path: str = path) -> None:
+            for inner, linear in linears(block).items():
+                edit(f"{path}.{layer}.{inner}", linear)
+
+        *parents, name = path.split(".")
+        owner = model
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, name, stack.regroup(edit_block))
+    for path, linear in linears(model).items():
+        if not any(path.startswith(f"{stack}.") for stack in stacks):
+            edit(path, linear)
+
+
 def flatten_leaves(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """A nested dict as {stacked path: leaf}; a weight is one leaf."""
     flat: dict[str, Any] = {}

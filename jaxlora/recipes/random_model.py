@@ -12,7 +12,7 @@ from flax import nnx
 from conversion.safetensors_write import write_safetensors
 from jaxlora.models import registry
 from jaxlora.nn.stack import flatten_leaves
-from jaxlora.select import expand
+from jaxlora.select import expand, is_stacked
 from jaxlora.weights.base import AbstractWeight
 
 
@@ -25,20 +25,24 @@ def write_random_checkpoint(
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    spec = registry.get(config["model_type"])
-    model = spec.build(spec.read(config), dtype=dtype)
     rng = np.random.default_rng(seed)
-    spelling = spec.rules.spellings[0]
     stored = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    tensors = {}
-    for stacked, leaf in flatten_leaves(nnx.to_pure_dict(nnx.state(model))).items():
-        paths = expand(stacked)
-        shape = leaf.shape if isinstance(leaf, AbstractWeight) else leaf.shape[0 if paths == [stacked] else 1 :]
-        for path in paths:
-            tensors[spelling.to_disk(path)] = _draw(rng, path, shape).astype(stored)
+    tensors = {name: _draw(rng, name, shape).astype(stored) for name, shape in tensor_shapes(config).items()}
     write_safetensors(folder / "model.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": [spec.architecture], "dtype": dtype}, indent=2))
+    architecture = registry.get(config["model_type"]).architecture
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture], "dtype": dtype}, indent=2))
     return folder
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors that a checkpoint of this config.json holds: {name on disk: shape}."""
+    spec = registry.get(config["model_type"])
+    leaves = flatten_leaves(nnx.to_pure_dict(nnx.state(spec.build(spec.read(config), dtype="float32"))))
+    shapes = {}
+    for stacked, leaf in leaves.items():
+        one_layer = leaf.shape if isinstance(leaf, AbstractWeight) else leaf.shape[1 if is_stacked(stacked) else 0 :]
+        shapes.update({spec.rules.spellings[0].to_disk(path): tuple(one_layer) for path in expand(stacked)})
+    return shapes
 
 
 def _draw(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:

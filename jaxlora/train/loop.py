@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -35,12 +36,13 @@ class Interrupted(RuntimeError):
 
 @dataclasses.dataclass(kw_only=True)
 class LoopState:
-    """What a step changes. ``step`` counts finished optimizer steps; ``losses`` their mean token losses."""
+    """What a step changes. ``step`` counts finished optimizer steps, ``losses`` are theirs; ``first_step_s`` includes compiling."""
 
     trainable: Any
     opt_state: Any
     step: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
+    first_step_s: float = 0.0
     log_history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
@@ -109,6 +111,7 @@ class _Meters:
     def __init__(self, config: LoopConfig, callbacks: Callbacks):
         self.config, self.callbacks = config, callbacks
         self.throughput, self.bad, self.checked, self.window = Throughput(), 0, False, []
+        self.started, self.tail = time.perf_counter(), ""
 
     def finish(self, state: LoopState, number: int, metrics: Any, batch: Batch) -> str:
         """Reads a finished step's metrics; returns the text for the bar."""
@@ -118,6 +121,7 @@ class _Meters:
         if not self.checked and metrics["finite"]:
             check_gradients(metrics["norms"], saw_images=batch.patches is not None and bool((batch.vision_index >= 0).any()))
             self.checked = True
+            state.first_step_s = time.perf_counter() - self.started
         state.losses.append(loss)
         self.window.append(loss)
         self.throughput.add(int(np.asarray(batch.segment_lengths).sum()))
@@ -132,7 +136,7 @@ class _Meters:
             state.log_history.append(entry)
             self.window = []
             self.tail = "".join([f"  {tokens_per_s:,.0f} tok/s" if tokens_per_s else "", f"  peak {peak:.2f} GiB" if peak else ""])
-        return text + getattr(self, "tail", "")
+        return text + self.tail
 
     def _check_finite(self, number: int, metrics: Any, loss: float, grad_norm: float) -> None:
         self.bad = 0 if metrics["finite"] else self.bad + 1

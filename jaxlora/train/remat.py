@@ -14,7 +14,8 @@ def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution
     """Returns how to run a forward pass that will be differentiated.
 
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
-    memory; "dots" keeps matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work.
+    memory; "dots" keeps matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work. The R columns
+    A·x of each adapter are always kept: they are small, and recomputing them reads x again.
 
     >>> execution(True).checkpoint, execution(False).checkpoint
     (True, False)
@@ -28,14 +29,17 @@ def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution
         case False:
             return Execution(**other)
         case True:
-            return Execution(checkpoint=True, remat=policies.nothing_saveable, **other)
+            return Execution(checkpoint=True, remat=policies.save_only_these_names("lora_u"), **other)
         case "unsloth":
             offload = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[], names_which_can_be_offloaded=["block_input"], offload_src="device", offload_dst="pinned_host"
+                names_which_can_be_saved=["lora_u"],
+                names_which_can_be_offloaded=["block_input"],
+                offload_src="device",
+                offload_dst="pinned_host",
             )
             return Execution(checkpoint=True, remat=offload, **other)
         case "dots":
-            return Execution(checkpoint=True, remat=policies.save_only_these_names("dot", "attn_out", "attn_lse"), **other)
+            return Execution(checkpoint=True, remat=policies.save_only_these_names("dot", "attn_out", "attn_lse", "lora_u"), **other)
         case "auto":
             raise NotImplementedError('use_gradient_checkpointing="auto" is not available yet; choose True, False, "unsloth" or "dots"')
     hint = nearest(str(use_gradient_checkpointing), ["unsloth", "dots"])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float, Int, UInt8
-from jaxlora.weights.base import AbstractWeight, LowRank, abstract
+from jaxlora.weights.base import AbstractWeight, LowRank, abstract, interleave
 from jaxlora.weights.dense import Dense
 
 GROUP = 64
@@ -82,11 +82,12 @@ class Int4(AbstractWeight):
         return Dense(self._padded()).matmul(_pad(x, GROUP), update)
 
     def _padded(self) -> Float[Array, "O I"]:
-        out, packed = self.codes.shape
-        codes = jax.lax.bitcast_convert_type(self.codes, jnp.int4).reshape(out, packed * 2 // GROUP, GROUP)
+        # Shifting left first moves the sign bit of a nibble to the top.
+        nibbles = (jax.lax.shift_left(self.codes, jnp.uint8(4)), self.codes)
+        even, odd = (jax.lax.shift_right_arithmetic(n.astype(jnp.int8), jnp.int8(4)) for n in nibbles)
+        scales = jnp.repeat(self.scales.astype(jnp.float32), GROUP // 2, axis=1)
         # The product of a 4-bit and a bf16 number is exact in fp32, so this rounds once whatever the dtype.
-        groups = codes.astype(jnp.float32) * self.scales.astype(jnp.float32)[:, :, None]
-        return groups.reshape(out, packed * 2).astype(self.dtype)
+        return interleave(even.astype(jnp.float32) * scales, odd.astype(jnp.float32) * scales, self.dtype)
 
 
 def _pad(x: Array, multiple: int) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from conversion.formats import bnb
 from jaxlora.typing import Array, Float, UInt8
-from jaxlora.weights.base import AbstractWeight, abstract
+from jaxlora.weights.base import AbstractWeight, abstract, interleave
 
 BLOCK, NESTED_BLOCK = 64, 256
 
@@ -112,14 +112,15 @@ class NF4(AbstractWeight):
     def dequantise(self) -> Float[Array, "O I"]:
         """code_book[code] · absmax, rounded once to ``dtype``."""
         out, features = self.features
-        low, high = self.codes & 15, self.codes >> 4
-        values = jnp.stack([self.code_book[low], self.code_book[high]], axis=-1)
+        halves = (self.code_book[self.codes & 15], self.code_book[self.codes >> 4])
         if self.in_rows:
-            groups = values.reshape(out, features // BLOCK, BLOCK) * self._scales()[:, :, None]
-            return groups.reshape(out, features).astype(self.dtype)
+            scales = jnp.repeat(self._scales(), BLOCK // 2, axis=1)
+            even, odd = (half * scales for half in halves)
+            return interleave(even, odd, self.dtype)
         n = out * features
+        values = jnp.stack(halves, axis=-1).reshape(-1)[:n]
         scales = jnp.repeat(self._scales(), self.blocksize, total_repeat_length=self.absmax.size * self.blocksize)
-        return (values.reshape(-1)[:n] * scales[:n]).reshape(out, features).astype(self.dtype)
+        return (values * scales[:n]).reshape(out, features).astype(self.dtype)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""

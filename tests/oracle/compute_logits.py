@@ -21,6 +21,9 @@ from safetensors.torch import load_file
 def with_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # The library's own deprecations, and a reminder that merging an adapted head unties it.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         model = PeftModel.from_pretrained(model, folder)
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     file = load_file(pathlib.Path(folder) / "adapter_model.safetensors")

@@ -34,8 +34,10 @@ def redraw(model: torch.nn.Module, *, zero_b: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.requires_grad and ".lora_" in name:
-            drawn = torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5
-            p.data = torch.zeros_like(p) if zero_b and ".lora_B." in name else drawn
+            is_b = ".lora_B." in name
+            # An update smaller than the weight, as training gives: a larger one makes the logits' rounding larger too.
+            drawn = torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5 * (0.25 if is_b else 1)
+            p.data = torch.zeros_like(p) if zero_b and is_b else drawn
 
 
 def loss_and_gradients(model, batch):
