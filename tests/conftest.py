@@ -11,12 +11,12 @@ if not os.environ.get("JAXLORA_TEST_GPU"):
 if importlib.util.find_spec("beartype"):
     import jaxtyping
 
-    import tests.annotations
+    from tests import annotations
 
-    jaxtyping.install_import_hook(["jaxlora", "pallas_kernels", "conversion"], "tests.annotations.checked")
+    jaxtyping.install_import_hook(["jaxlora", "pallas_kernels", "conversion"], f"{annotations.__name__}.checked")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

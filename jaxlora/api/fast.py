@@ -1,6 +1,7 @@
 """The classes that scripts call: from_pretrained, get_peft_model, for_training, for_inference."""
 
 import dataclasses
+import inspect
 import logging
 import os
 import pathlib
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from jaxlora import adapt, select
 from jaxlora.api import folders
-from jaxlora.api.model import Model, refuse_unknown
+from jaxlora.api.model import Model, refuse_unavailable, refuse_unknown
 from jaxlora.errors import nearest
 from jaxlora.load import LoadConfig, Loaded, describe_formats, load, read_config
 from jaxlora.nn.stack import linear_paths, linears
@@ -80,8 +81,8 @@ class FastModel:
         """
         if trust_remote_code:
             raise ValueError("trust_remote_code=True: jaxlora never runs code from a model repository; its own models are used or none")
-        _refuse_unavailable("from_pretrained", arguments, UNAVAILABLE_LOADING)
-        refuse_unknown("from_pretrained", arguments, IGNORED_LOADING)
+        refuse_unavailable("from_pretrained", arguments, UNAVAILABLE_LOADING)
+        refuse_unknown("from_pretrained", arguments, IGNORED_LOADING, inspect.signature(FastModel.from_pretrained).parameters)
         quant_type = _quant_type(quantization_config, quant_type)
         _keep_compiled_programs()
         folder = folders.resolve(model_name, token=token, revision=revision)
@@ -140,8 +141,8 @@ class FastModel:
             return model
         if model.lora is not None:
             raise RuntimeError("this model has LoRA adapters already: call from_pretrained again to attach others")
-        _refuse_unavailable("get_peft_model", arguments, UNAVAILABLE_ADAPTING)
-        refuse_unknown("get_peft_model", arguments, IGNORED_ADAPTING)
+        refuse_unavailable("get_peft_model", arguments, UNAVAILABLE_ADAPTING)
+        refuse_unknown("get_peft_model", arguments, IGNORED_ADAPTING, inspect.signature(FastModel.get_peft_model).parameters)
         if bias != "none":
             raise NotImplementedError(f'bias={bias!r} is not available: only bias="none", frozen biases')
         targets, saved = _split_saved(target_modules, modules_to_save)
@@ -180,7 +181,7 @@ class FastModel:
         return model
 
     @staticmethod
-    def for_inference(model: Model) -> Model:
+    def for_inference(model: Any) -> Model:
         """Nothing has to change for generation either: the same buffers serve both.
 
         Raises:
@@ -207,15 +208,28 @@ class FastLanguageModel(FastModel):
         Raises:
           TypeError: the model has an adapter of other settings.
         """
-        wanted = {"r": r, "lora_alpha": lora_alpha, **{k: v for k, v in arguments.items() if k in ("lora_dropout", "use_rslora")}}
-        if model.lora is not None:
-            different = {k: (getattr(model.lora, k), v) for k, v in wanted.items() if getattr(model.lora, k) != v}
-            if different:
-                raise TypeError(f"this model has an adapter of other settings (has, asked for): {different}; load it again to change them")
-            log.warning("this model has these adapters already: get_peft_model has no effect")
-            return model
-        flags = {"finetune_vision_layers": False} if not _towers(model) - {"language"} else {}
-        return FastModel.get_peft_model(model, r, target_modules, lora_alpha, **{**flags, **arguments})
+        arguments = {"finetune_vision_layers": False, "lora_alpha": lora_alpha, **arguments}
+        if model.lora is None:
+            return FastModel.get_peft_model(model, r, target_modules, **arguments)
+        wanted = {"r": r, "target_modules": target_modules, **arguments}
+        different = {k: (has, wanted[k]) for k, has in _settings(model).items() if k in wanted and not _same(has, wanted[k])}
+        if different:
+            raise TypeError(f"this model has an adapter of other settings (has, asked for): {different}; load it again to change them")
+        log.warning("this model has these adapters already: get_peft_model has no effect")
+        return model
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    """The settings of a model's adapter that a second call can be compared with."""
+    lora = model.lora
+    assert lora is not None
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "random_state")
+    leaves = sorted({path.rpartition(".")[2] for path in model.selection.paths}) if model.selection else []
+    return {**{name: getattr(lora, name) for name in names}, "target_modules": leaves}
+
+
+def _same(has: Any, wanted: Any) -> bool:
+    return sorted(wanted) == has if isinstance(has, list) and isinstance(wanted, list | tuple) else has == wanted
 
 
 def _keep_compiled_programs() -> None:
@@ -223,10 +237,6 @@ def _keep_compiled_programs() -> None:
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jaxlora" / "xla"))
-
-
-def _towers(model: Model) -> set[str]:
-    return {select.classify(path)[0] for path in linear_paths(model.module())}
 
 
 def _load_with_progress(folder: Any, config: LoadConfig) -> Loaded:
@@ -247,8 +257,9 @@ def _attach(model: Model, module: nnx.Module, selection: Selection, config: adap
     if any(name.endswith("lm_head") for name in config.modules_to_save):
         adapt.untie(module)
     adapt.attach(module, selection, config)
+    parts = adapt.partition(module, config.modules_to_save)
     model.lora, model.selection = config, selection
-    model.replace(adapt.partition(module, config.modules_to_save))
+    model.replace(parts)
 
 
 def _attach_saved(model: Model, folder: Any) -> None:
@@ -309,15 +320,3 @@ def _text(loaded: Loaded) -> Any:
     """The decoder's config, also of a vision-language model."""
     config = loaded.config
     return config.text if "text" in {f.name for f in dataclasses.fields(config)} else config
-
-
-def _refuse_unavailable(what: str, arguments: dict[str, Any], unavailable: Mapping[str, tuple[Any, ...]]) -> None:
-    """Removes from ``arguments`` those that ask for nothing; the others are refused.
-
-    Raises:
-      NotImplementedError: names every option that is not available.
-    """
-    asked = {name: arguments.pop(name) for name in list(arguments) if name in unavailable}
-    faults = [f"{name}={value!r}" for name, value in asked.items() if not any(value is v or value == v for v in unavailable[name])]
-    if faults:
-        raise NotImplementedError(f"{what}: not available: {', '.join(faults)}")

@@ -3,7 +3,7 @@
 import functools
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,15 @@ log = logging.getLogger(__name__)
 
 SAVE_METHODS = ("merged_16bit", "lora")
 # Arguments of transformers' generate that change nothing here.
-GENERATE_IGNORED = ("use_cache", "cache_implementation", "pad_token_id", "return_dict_in_generate", "num_return_sequences", "num_beams")
+GENERATE_IGNORED = ("use_cache", "cache_implementation", "pad_token_id")
+# … and those that would change it, with the values that ask for nothing.
+GENERATE_UNAVAILABLE: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "return_dict_in_generate": (None, False),
+    "repetition_penalty": (None, 1, 1.0),
+    "streamer": (None,),
+}
 
 
 class Output(dict[str, Any]):
@@ -131,8 +139,12 @@ class Model:
         Sampling arguments: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``; all others are model inputs.
 
         Raises:
-          ValueError: an argument that nobody knows.
+          ValueError: an argument that nobody knows; less than one new token.
+          NotImplementedError: beams, several sequences a prompt, a streamer.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        refuse_unavailable("generate", arguments, GENERATE_UNAVAILABLE)
         names = {f.name for f in Sampling.__dataclass_fields__.values()}
         sampling = Sampling(**{k: v for k, v in arguments.items() if k in names and v is not None})
         inputs = {k: v for k, v in arguments.items() if k not in names and k not in GENERATE_IGNORED}
@@ -269,17 +281,29 @@ IGNORED_WHEN_SAVING = (
 ).split()
 
 
-def refuse_unknown(what: str, arguments: Mapping[str, Any], ignored: Any) -> None:
-    """Says once that an ignored argument has no effect; an unknown one is an error.
+def refuse_unknown(what: str, arguments: Mapping[str, Any], ignored: Sequence[str], known: Iterable[str] = ()) -> None:
+    """Says once that an ignored argument has no effect; an unknown one is an error. ``known`` are the names that have one.
 
     Raises:
       TypeError: names every unknown argument with the nearest known one.
     """
-    unknown = [f"{name!r}{nearest(name, ignored)}" for name in arguments if name not in ignored]
+    unknown = [f"{name!r}{nearest(name, [*known, *ignored])}" for name in arguments if name not in ignored]
     if unknown:
         raise TypeError(f"{what} got unknown arguments: {', '.join(unknown)}")
     for name in arguments:
         say_no_effect(what, name)
+
+
+def refuse_unavailable(what: str, arguments: dict[str, Any], unavailable: Mapping[str, tuple[Any, ...]]) -> None:
+    """Removes from ``arguments`` those that ask for nothing; the others are refused.
+
+    Raises:
+      NotImplementedError: names every option that is not available.
+    """
+    asked = {name: arguments.pop(name) for name in list(arguments) if name in unavailable}
+    faults = [f"{name}={value!r}" for name, value in asked.items() if not any(value is v or value == v for v in unavailable[name])]
+    if faults:
+        raise NotImplementedError(f"{what}: not available: {', '.join(faults)}")
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import pathlib
@@ -79,7 +80,7 @@ class SFTTrainer:
         packing: bool | None = None,
         **arguments: Any,
     ):
-        refuse_unknown("SFTTrainer", arguments, IGNORED)
+        refuse_unknown("SFTTrainer", arguments, IGNORED, inspect.signature(SFTTrainer).parameters)
         self.model, self.args = model, args or SFTConfig()
         self.processing_class = processing_class if processing_class is not None else tokenizer
         self._formatting, self._collator = formatting_func, data_collator

@@ -249,7 +249,10 @@ class TestSelection:
         )
 
     def test_mask_is_true_on_the_leaves_of_selected_linears(self):
-        tree = {"model": {"layers": {"0:2:1": {"self_attn": {"q_proj": {"lora_A": 1}}, "mlp": {"up_proj": {"lora_A": 1}}}}}, "lm_head": {"w": 1}}
+        tree = {
+            "model": {"layers": {"0:2:1": {"self_attn": {"q_proj": {"lora_A": 1}}, "mlp": {"up_proj": {"lora_A": 1}}}}},
+            "lm_head": {"w": 1},
+        }
         assert by_pattern(LINEAR_LLAMA, ["q_proj"]).mask(tree) == {
             "model": {"layers": {"0:2:1": {"self_attn": {"q_proj": {"lora_A": True}}, "mlp": {"up_proj": {"lora_A": False}}}}},
             "lm_head": {"w": False},

@@ -1,0 +1,198 @@
+"""Stacking changes neither values nor order; flatten and unflatten are inverse."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlora.nn.linear import Linear
+from jaxlora.nn.stack import Stack, flatten, layout, linear_paths, nest, unflatten
+from jaxlora.select import expand
+from jaxlora.weights.dense import Dense
+from jaxlora.weights.lora import LoRA
+from tests.tolerances import REORDERED_FP32
+
+WIDTH = 4
+
+
+def filled(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+class Block(nnx.Module):
+    """x + tanh(W x + shared) + per_layer; ``kind`` makes structures differ."""
+
+    def __init__(self, layer, kind):
+        self.kind = kind
+        self.proj = Linear(WIDTH, WIDTH, dtype=jnp.float32)
+        self.proj.weight.set_value(Dense(filled(layer, WIDTH, WIDTH) / WIDTH))
+
+    def __call__(self, x, shared, per_layer):
+        grown = x + jnp.tanh(self.proj(x) + shared)
+        return (grown if per_layer is None else grown + per_layer), grown.sum()
+
+
+def stack(kinds):
+    return Stack([Block(layer, kind) for layer, kind in enumerate(kinds)], path="model.layers")
+
+
+def unrolled(kinds, x, shared, extra=None):
+    """(the input of every layer and the last output, the layers' own outputs)."""
+    states, outs = [x], []
+    for layer, kind in enumerate(kinds):
+        x, out = Block(layer, kind)(x, shared, None if extra is None else extra[layer])
+        states.append(x)
+        outs.append(out)
+    return states, outs
+
+
+kinds_of_layers = st.lists(st.sampled_from("ab"), min_size=1, max_size=14)
+
+
+class TestLayout:
+    @given(kinds_of_layers)
+    def test_covers_every_layer_once_in_order(self, kinds):
+        runs = layout(kinds)
+        assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])]
+        assert runs[-1].stop == len(kinds)
+
+    @given(kinds_of_layers)
+    def test_layers_that_are_stacked_have_one_structure(self, kinds):
+        for run in layout(kinds):
+            for key in run.keys:
+                assert len({kinds[i] for i in range(*map(int, key.split(":")))}) == 1
+
+    @given(kinds_of_layers)
+    def test_the_keys_of_a_run_name_each_of_its_layers_once(self, kinds):
+        for run in layout(kinds):
+            named = [i for key in run.keys for i in range(*map(int, key.split(":")))]
+            assert sorted(named) == list(range(run.start, run.stop))
+
+    @given(st.lists(st.sampled_from("ab"), min_size=1, max_size=4), st.integers(2, 4))
+    def test_a_repeated_pattern_is_one_run_of_its_shortest_period(self, pattern, repeats):
+        n = len(pattern) * repeats
+        kinds = pattern * repeats
+        shortest = next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
+        (run,) = layout(kinds)
+        assert (run.start, run.period, run.repeats) == (0, shortest, n // shortest)
+
+
+@pytest.mark.parametrize("kinds", ["aaaa", "abab", "aabaab", "abba"])
+class TestScanned:
+    def test_equals_the_layers_one_after_the_other(self, kinds):
+        x, shared = filled(90, 3, WIDTH), filled(91, 1, WIDTH)
+        ours, _, _ = stack(kinds)(x, shared)
+        np.testing.assert_allclose(ours, unrolled(kinds, x, shared)[0][-1], atol=REORDERED_FP32)
+
+    def test_gives_layers_their_own_slice_and_returns_their_outputs_in_layer_order(self, kinds):
+        x, shared, extra = filled(90, 3, WIDTH), filled(91, 1, WIDTH), filled(92, len(kinds), 3, WIDTH)
+        ours, _, outs = stack(kinds)(x, shared, extra)
+        states, expected = unrolled(kinds, x, shared, extra)
+        np.testing.assert_allclose(ours, states[-1], atol=REORDERED_FP32)
+        np.testing.assert_allclose(outs, jnp.stack(expected), atol=10 * REORDERED_FP32)
+
+    def test_collects_the_inputs_of_layers_and_the_output(self, kinds):
+        x, shared = filled(90, 3, WIDTH), filled(91, 1, WIDTH)
+        wanted = [len(kinds), 2, 0, 3]
+        _, collected, _ = stack(kinds)(x, shared, collect=wanted)
+        states, _ = unrolled(kinds, x, shared)
+        for layer, state in zip(wanted, collected, strict=True):
+            np.testing.assert_allclose(state, states[layer], atol=REORDERED_FP32)
+
+    def test_recomputing_blocks_changes_no_gradient(self, kinds):
+        x, shared = filled(90, 3, WIDTH), filled(91, 1, WIDTH)
+        graphdef, state = nnx.split(stack(kinds))
+
+        def gradient(checkpoint):
+            def loss(state):
+                return nnx.merge(graphdef, state)(x, shared, checkpoint=checkpoint)[0].sum()
+
+            return jax.tree.leaves(jax.jit(jax.grad(loss))(state))
+
+        for ours, plain in zip(gradient(True), gradient(False), strict=True):
+            np.testing.assert_allclose(ours, plain, atol=10 * REORDERED_FP32)
+
+
+def test_paths_are_those_of_the_layers_in_order():
+    assert linear_paths(stack("ab" * 6)) == sorted((f"{i}.proj" for i in range(12)), key=lambda p: int(p.split(".")[0]))
+
+
+def attach_to(layers):
+    def edit(layer, block):
+        if layer in layers:
+            like = jax.ShapeDtypeStruct
+            block.proj.attach(LoRA(like((1, WIDTH), jnp.float32), like((WIDTH, 1), jnp.float32), like((), jnp.float32)))
+
+    return edit
+
+
+@pytest.mark.parametrize("layers", [set(), {0}, {1, 3}, {0, 1, 2, 3}])
+def test_regrouping_moves_every_value_exactly(layers):
+    before = flatten(nnx.to_pure_dict(nnx.state(stack("aaaa"))))
+    after = flatten(nnx.to_pure_dict(nnx.state(stack("aaaa").regroup(attach_to(layers)))))
+    assert {path for path in after if path.endswith("lora_A")} == {f"{i}.proj.lora_A" for i in layers}
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path].array, leaf.array)
+
+
+def test_regrouping_splits_only_where_structures_differ():
+    assert [run.keys for run in stack("aaaa").regroup(attach_to({1, 3})).runs] == [("0:4:2", "1:4:2")]
+
+
+def tree():
+    return {"model": {"layers": {"0:3:1": {"w": jnp.arange(6.0).reshape(3, 2)}}, "norm": {"weight": jnp.ones(2)}}}
+
+
+class TestFlatten:
+    def test_gives_one_leaf_a_layer(self):
+        flat = flatten(tree())
+        assert list(flat) == ["model.layers.0.w", "model.layers.1.w", "model.layers.2.w", "model.norm.weight"]
+        np.testing.assert_array_equal(flat["model.layers.1.w"], [2, 3])
+
+    def test_unflatten_is_its_inverse(self):
+        jax.tree.map(np.testing.assert_array_equal, unflatten(flatten(tree()), tree()), tree())
+
+    def test_unflatten_into_other_runs_keeps_layers(self):
+        like = {
+            "model": {"layers": {"0:2:1": {"w": jnp.zeros((2, 2))}, "2:3:1": {"w": jnp.zeros((1, 2))}}, "norm": {"weight": jnp.ones(2)}}
+        }
+        other = unflatten(flatten(tree()), like)
+        np.testing.assert_array_equal(other["model"]["layers"]["2:3:1"]["w"], [[4, 5]])
+
+    def test_unflatten_lists_all_faults_at_once(self):
+        flat = flatten(tree())
+        del flat["model.layers.1.w"]
+        flat["model.norm.weight"] = jnp.ones(3)
+        flat["model.extra"] = jnp.ones(1)
+        with pytest.raises(
+            ValueError, match=r"(?s)layers\.1\.w: missing.*norm\.weight: shape \(3,\), expected \(2,\).*extra: belongs nowhere"
+        ):
+            unflatten(flat, tree())
+
+    @given(st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=4, unique=True))
+    @settings(max_examples=20)
+    def test_nest_makes_the_keys_of_paths(self, names):
+        assert nest({f"x.{name}": i for i, name in enumerate(names)}) == {"x": {name: i for i, name in enumerate(names)}}
+
+
+def test_more_than_eight_runs_warn_and_name_where_they_begin(caplog):
+    # No two layers alike: every layer is a run.
+    with caplog.at_level(logging.WARNING):
+        stack([str(i) for i in range(9)])
+    assert "model.layers splits into 9 runs" in caplog.text
+    assert "[0, 1, 2, 3, 4, 5, 6, 7, 8]" in caplog.text
+
+
+def test_eight_runs_do_not_warn(caplog):
+    stack([str(i) for i in range(8)])
+    assert not caplog.text
+
+
+def test_expand_and_the_keys_of_runs_agree():
+    (run,) = layout("ababab")
+    assert [expand(f"layers.{key}.w") for key in run.keys] == [[f"layers.{i}.w" for i in (0, 2, 4)], [f"layers.{i}.w" for i in (1, 3, 5)]]
