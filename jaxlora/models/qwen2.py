@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from conversion.hf_config import rope, take
-
 from jaxlora.models import text
 from jaxlora.models.spec import ModelSpec
 from jaxlora.nn.decoder import DecoderConfig

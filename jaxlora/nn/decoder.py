@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from conversion.hf_config import Rope
 from flax import nnx
 
+from conversion.hf_config import Rope
 from jaxlora.nn import rope
 from jaxlora.nn.attention import Attention, AttentionConfig, LayerInputs, Segments, Shared
 from jaxlora.nn.embed import Embed

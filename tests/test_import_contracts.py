@@ -1,0 +1,15 @@
+"""The packages point one way: the contracts of pyproject.toml hold."""
+
+import pathlib
+
+from importlinter.application import use_cases
+from importlinter.configuration import configure
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_every_import_contract_is_kept(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+    configure()
+    assert use_cases.lint_imports(cache_dir=None, no_logo=True), capsys.readouterr().out
