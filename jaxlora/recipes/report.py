@@ -102,11 +102,11 @@ def draw_losses(path: pathlib.Path, losses: Mapping[str, Sequence[float]]) -> No
 def draw_answers(path: pathlib.Path, test: Scans, base: Result, adapted: Result) -> None:
     """Draws test scans with their answers to a PNG: above as written, below inverted and turned; one column a digit."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
     # Text below the axes is not in the layout: the last line of answers needs this room.
-    figure.get_layout_engine().set(h_pad=0.12)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 3))
+    figure = Figure(figsize=(13, 9.5), dpi=120, layout=ConstrainedLayoutEngine(h_pad=0.12))
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(2, 3))).tolist()
     upper.suptitle("Test scans as written, with the base's answers", fontsize=13)
     lower.suptitle("The same digits inverted and turned: the base's answer → the adapted model's", fontsize=13)
     of_digit = [np.flatnonzero(test.digits == digit) for digit in range(len(WORDS))]
@@ -134,7 +134,7 @@ def _draw_scan(axes: Any, image: Any, scan: Any, answers: Sequence[Answers]) -> 
         axes.text(
             0.5,
             -0.06 - 0.19 * line,
-            arrow + (given.texts[scan] or "(nothing)"),
+            f"{arrow}{given.texts[scan] or '(nothing)'}",
             color=_RIGHT if given.right[scan] else _WRONG,
             transform=axes.transAxes,
             ha="center",

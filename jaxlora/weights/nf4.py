@@ -65,7 +65,8 @@ class NF4(AbstractWeight):
         128.0
         """
         codes, absmax = _quantise(weight)
-        leaf = cls.abstract(weight.shape, dtype or weight.dtype, double_quant=double_quant)
+        out, features = weight.shape
+        leaf = cls.abstract((out, features), dtype or weight.dtype, double_quant=double_quant)
         nested = None
         if double_quant:
             absmax, nested = _nest(absmax, jnp.asarray(bnb.dynamic_map()))
