@@ -14,6 +14,7 @@ from jaxlora.recipes.digits import WORDS, Scans, as_written, inverted_and_turned
 from jaxlora.typing import Int
 
 _RIGHT, _WRONG = "#1a7f37", "#cf222e"
+_SMOOTHED = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +89,13 @@ def draw_losses(path: pathlib.Path, losses: Mapping[str, Sequence[float]]) -> No
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for label, values in losses.items():
-        axes.plot(range(1, len(values) + 1), values, label=label, linewidth=1.5)
+    for colour, (label, values) in enumerate(losses.items()):
+        window = min(_SMOOTHED, len(values))
+        means = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(range(1, len(values) + 1), values, color=f"C{colour}", alpha=0.25, linewidth=1)
+        axes.plot(range(window, len(values) + 1), means, color=f"C{colour}", label=label, linewidth=2)
     axes.set_yscale("log")
-    axes.set_title("Training loss of the three runs")
+    axes.set_title(f"Training loss of the three runs (bold: mean of the last {_SMOOTHED} steps)")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token (nats)")
     axes.grid(alpha=0.3)
