@@ -1,4 +1,4 @@
-"""LoRA on both towers of a vision-language model: python examples/lora_vlm.py MODEL_FOLDER IMAGES_FOLDER [--steps 60] [--full-precision]
+"""QLoRA on both towers of a vision-language model: python examples/lora_vlm.py MODEL_FOLDER IMAGES_FOLDER [--steps 60]
 
 MODEL_FOLDER is a local folder or a hub id. IMAGES_FOLDER holds pictures, each with the text that describes it: cat.png and cat.txt.
 """
@@ -20,7 +20,6 @@ def main() -> None:
     parser.add_argument("images", type=pathlib.Path)
     parser.add_argument("--question", default="Describe this picture.")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--full-precision", action="store_true", help="keep the base in 16 bits instead of 4")
     parser.add_argument("--output-dir", default="lora_vlm")
     options = parser.parse_args()
 
@@ -29,7 +28,7 @@ def main() -> None:
 
     paths = sorted(path for path in options.images.iterdir() if path.suffix.lower() in SUFFIXES)
     rows = [{"messages": [question(p), {"role": "assistant", "content": p.with_suffix(".txt").read_text().strip()}]} for p in paths]
-    model, processor = FastVisionModel.from_pretrained(options.model, load_in_4bit=not options.full_precision)
+    model, processor = FastVisionModel.from_pretrained(options.model, load_in_4bit=True)
     model = FastVisionModel.get_peft_model(model, r=16, lora_alpha=16, finetune_vision_layers=True, finetune_language_layers=True)
     trainer = SFTTrainer(
         model=model,

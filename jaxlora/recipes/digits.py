@@ -48,9 +48,8 @@ def load_scans() -> tuple[Scans, Scans]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install 'jaxlora[quickstart]'") from error
-    scans, digits = load_digits(return_X_y=True)
-    pixels = np.round(np.asarray(scans).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    digits = np.asarray(digits).astype(np.int64)
+    grey, target = (np.asarray(found) for found in load_digits(return_X_y=True))
+    pixels, digits = np.round(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), target.astype(np.int64)
     by_digit = np.argsort(digits, kind="stable")
     is_test = np.zeros(len(digits), bool)
     is_test[by_digit[::5]] = True

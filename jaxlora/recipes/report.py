@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxlora.recipes.digits import WORDS, Scans, as_written, inverted_and_turned
 from jaxlora.typing import Int
 
 _RIGHT, _WRONG = "#1a7f37", "#cf222e"
+_SMOOTHED = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,8 @@ class Answers:
     """Tokens and texts that a model gave for one domain, and which of them are right."""
 
     tokens: Int[np.ndarray, "N T"]
-    texts: Sequence[str]
-    right: Sequence[bool]
+    texts: list[str]
+    right: list[bool]
 
     @property
     def accuracy(self) -> float:
@@ -88,10 +89,13 @@ def draw_losses(path: pathlib.Path, losses: Mapping[str, Sequence[float]]) -> No
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for label, values in losses.items():
-        axes.plot(range(1, len(values) + 1), values, label=label, linewidth=1.5)
+    for colour, (label, values) in enumerate(losses.items()):
+        window = min(_SMOOTHED, len(values))
+        means = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(range(1, len(values) + 1), values, color=f"C{colour}", alpha=0.25, linewidth=1)
+        axes.plot(range(window, len(values) + 1), means, color=f"C{colour}", label=label, linewidth=2)
     axes.set_yscale("log")
-    axes.set_title("Training loss of the three runs")
+    axes.set_title(f"Training loss of the three runs (bold: mean of the last {_SMOOTHED} steps)")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token (nats)")
     axes.grid(alpha=0.3)
@@ -106,35 +110,35 @@ def draw_answers(path: pathlib.Path, test: Scans, base: Result, adapted: Result)
 
     # Text below the axes is not in the layout: the last line of answers needs this room.
     figure = Figure(figsize=(13, 9.5), dpi=120, layout=ConstrainedLayoutEngine(h_pad=0.12))
-    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(2, 3))).tolist()
-    upper.suptitle("Test scans as written, with the base's answers", fontsize=13)
-    lower.suptitle("The same digits inverted and turned: the base's answer → the adapted model's", fontsize=13)
-    of_digit = [np.flatnonzero(test.digits == digit) for digit in range(len(WORDS))]
-    for r, axes_row in enumerate(upper.subplots(2, len(WORDS))):
-        for axes, scans in zip(axes_row, of_digit, strict=True):
-            scan = scans[r % len(scans)] if len(scans) else None
-            _draw_scan(axes, None if scan is None else as_written(test.pixels[scan]), scan, [base.old])
-    for r, axes_row in enumerate(lower.subplots(3, len(WORDS))):
-        for axes, scans in zip(axes_row, of_digit, strict=True):
-            scan = scans[r % len(scans)] if len(scans) else None
-            _draw_scan(axes, None if scan is None else inverted_and_turned(test.pixels[scan]), scan, [base.new, adapted.new])
+    upper, lower = np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=(2, 3))))
+    _draw_block(upper, "Test scans as written, with the base's answers", 2, test, as_written, [base.old])
+    title = "The same digits inverted and turned: the base's answer → the adapted model's"
+    _draw_block(lower, title, 3, test, inverted_and_turned, [base.new, adapted.new])
     figure.savefig(path)
 
 
-def _draw_scan(axes: Any, image: Any, scan: Any, answers: Sequence[Answers]) -> None:
+def _draw_block(figure: Any, title: str, rows: int, test: Scans, domain: Callable[[Any], Any], answers: Sequence[Answers]) -> None:
+    """The first scans of each digit, one column a digit."""
+    figure.suptitle(title, fontsize=13)
+    for axes in (grid := figure.subplots(rows, len(WORDS))).flat:
+        axes.axis("off")
+    for digit in range(len(WORDS)):
+        for axes, scan in zip(grid[:, digit], np.flatnonzero(test.digits == digit), strict=False):
+            _draw_scan(axes, domain(test.pixels[scan]), scan, answers)
+
+
+def _draw_scan(axes: Any, image: Any, scan: int | np.integer, answers: Sequence[Answers]) -> None:
     """One scan and, below it, an answer a line: green where it is right, red where it is wrong."""
+    axes.axis("on")
     axes.set_xticks([])
     axes.set_yticks([])
-    if image is None:
-        axes.axis("off")
-        return
     axes.imshow(image)
     for line, given in enumerate(answers):
         arrow = "→ " if line else ""
         axes.text(
             0.5,
             -0.06 - 0.19 * line,
-            f"{arrow}{given.texts[scan] or '(nothing)'}",
+            arrow + (given.texts[scan] or "(nothing)"),
             color=_RIGHT if given.right[scan] else _WRONG,
             transform=axes.transAxes,
             ha="center",
