@@ -18,7 +18,7 @@ def reduced(tmp_path_factory):
     """A run of few steps on few scans, which learns to answer with some digit: (results, folder)."""
     folder = tmp_path_factory.mktemp("quickstart")
     config = QuickstartConfig(
-        output_dir=folder, base_steps=30, adapter_steps=20, rows_per_step=8, train_scans=16, test_scans=20, before=1.01, after=0.0
+        output_dir=folder, base_steps=120, adapter_steps=60, rows_per_step=8, train_scans=16, test_scans=20, before=1.01, after=0.0
     )
     return quickstart.run(config), folder
 
@@ -42,6 +42,11 @@ def shown(**changes):
 def test_saved_models_are_compared_and_answer_token_for_token(reduced):
     compared = {result.name: (result.compared_to, result.differing, result.asked) for result in reduced[0] if result.compared_to}
     assert compared == {RELOADED: (ADAPTED, 0, 40), MERGED: (UNQUANTISED, 0, 40)}
+
+
+def test_compared_answers_are_of_several_kinds(reduced):
+    answered = {result.name: {*result.old.texts, *result.new.texts} for result in reduced[0]}
+    assert min(len(answered[name] & set(WORDS)) for name in (ADAPTED, UNQUANTISED)) >= 3
 
 
 def test_folders_hold_models_and_pictures(reduced):
