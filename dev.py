@@ -14,7 +14,15 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent
 EXTRAS = {"quickstart": "quickstart", "test": "dev", "check": "dev", "oracle": "dev", "shell": "dev"}
-ORACLE_PINS = ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "bitsandbytes==0.50.2", "accelerate==1.15.0", "pillow", "safetensors")
+ORACLE_PINS = (
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "peft==0.21.2",
+    "bitsandbytes==0.50.2",
+    "accelerate==1.15.0",
+    "pillow",
+    "safetensors",
+)
 # Tests whose reference is a live torch, transformers, peft or bitsandbytes when there is one.
 LIVE = ("tests/jaxlora", "tests/oracle")
 

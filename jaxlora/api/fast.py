@@ -196,8 +196,12 @@ class FastVisionModel(FastModel):
     """Vision-language models (and text models): all four switches are on unless told otherwise."""
 
 
-class FastLanguageModel(FastModel):
+class FastLanguageModel:
     """Text models: the seven projections are adapted unless told otherwise."""
+
+    from_pretrained = staticmethod(FastModel.from_pretrained)
+    for_training = staticmethod(FastModel.for_training)
+    for_inference = staticmethod(FastModel.for_inference)
 
     @staticmethod
     def get_peft_model(

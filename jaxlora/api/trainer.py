@@ -190,7 +190,7 @@ class SFTTrainer:
             self._save_checkpoint(state, batches)
 
         evaluate = None if self.eval_source is None else lambda state: self._evaluate(state.trainable)
-        return loop.Callbacks(rate=lambda step: float(rate(step)), epoch=batches.epoch, save=save, evaluate=evaluate)
+        return loop.Callbacks(rate=lambda step: float(jnp.asarray(rate(step))), epoch=batches.epoch, save=save, evaluate=evaluate)
 
     def _evaluate(self, trainable: Any) -> dict[str, float]:
         if self.eval_source is None:

@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         if cache is not None and shared.column is not None:
             cache = tuple(_write(old, new, shared.column) for old, new in zip(cache, (k, v), strict=True))
         if cache is not None and S == 1:
-            y = _attend_cache(q, *cache, shared, self.window)
+            y = _attend_cache(q, cache, shared, self.window)
         else:
             y = attention(q, k, v, segments=shared.segments, causal=True, window=self.window, backend=shared.backend)
         return self.o_proj(y.reshape(B, S, -1), None if keys is None else keys.get("o_proj")), cache
@@ -99,10 +99,9 @@ def _write(cache: Float[Array, "B T K C"], new: Float[Array, "B S K C"], column:
     return cache.at[jnp.arange(cache.shape[0]), column].set(new[:, 0].astype(cache.dtype))
 
 
-def _attend_cache(
-    q: Float[Array, "B 1 H C"], k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], shared: Shared, window: int | None
-) -> Array:
-    """One query a row over the filled part of its cache; softmax in fp32."""
+def _attend_cache(q: Float[Array, "B 1 H C"], cache: Any, shared: Shared, window: int | None) -> Float[Array, "B 1 H C"]:
+    """One query a row over the filled part of its (k, v) cache [B, T, K, C]; softmax in fp32."""
+    k, v = cache
     B, _, H, C = q.shape
     T, K = k.shape[1:3]
     columns, last = jnp.arange(T)[None], jnp.asarray(shared.column)[:, None]

@@ -1,7 +1,7 @@
 """The one Linear, and the one custom VJP through which every adapted product goes."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,10 @@ from jaxlora.typing import Array, Float, PRNGKeyArray
 from jaxlora.weights.base import AbstractWeight, abstract, contract_last, outer
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
+
+type Rates = tuple[float, ...]
+type Weights = tuple[AbstractWeight, ...]
+type Loras = tuple[LoRA | None, ...]
 
 
 class Linear(nnx.Module):
@@ -78,27 +82,24 @@ def _weight(linear: Linear) -> AbstractWeight:
     return linear.weight.get_value()
 
 
-def _forward(
-    rates: tuple[float, ...], x: Array, weights: tuple[AbstractWeight, ...], loras: tuple[LoRA | None, ...], keys: Any
-) -> tuple[Array, ...]:
+def _forward(rates: Rates, x: Array, weights: Weights, loras: Loras, keys: Any) -> tuple[Array, ...]:
     return _ys(x, weights, loras, _down(rates, x, loras, keys))
 
 
 _project = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
-def _project_fwd(rates: tuple[float, ...], x: Array, weights: Any, loras: Any, keys: Any) -> tuple[tuple[Array, ...], Any]:
+def _project_fwd(rates: Rates, x: Array, weights: Weights, loras: Loras, keys: Any) -> tuple[tuple[Array, ...], Any]:
     # A few columns a Linear, for which the backward would read x once more.
-    us = [None if u is None else checkpoint_name(u, "lora_u") for u in _down(rates, x, loras, keys)]
+    us = {i: checkpoint_name(u, "lora_u") for i, u in _down(rates, x, loras, keys).items()}
     return _ys(x, weights, loras, us), (x, weights, loras, keys, us)
 
 
-def _ys(x: Array, weights: tuple[AbstractWeight, ...], loras: tuple[LoRA | None, ...], us: list[Array | None]) -> tuple[Array, ...]:
+def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
     """y_i = W_i x + s_i B_i u_i. All Linears get the same columns u, B_i being zero at the others', so that [x, u] is one array."""
-    adapted = [u for u in us if u is not None]
-    if not adapted:
+    if not us:
         return tuple(w.matmul(x) for w in weights)
-    columns = jnp.concatenate(adapted, axis=1)
+    columns = jnp.concatenate([us[i] for i in sorted(us)], axis=1)
     ys, at = [], 0
     for w, lora in zip(weights, loras, strict=True):
         if lora is None:
@@ -110,49 +111,36 @@ def _ys(x: Array, weights: tuple[AbstractWeight, ...], loras: tuple[LoRA | None,
     return tuple(ys)
 
 
-def _project_bwd(rates: tuple[float, ...], residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
+def _project_bwd(rates: Rates, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
     x, weights, loras, keys, us = residuals
-    dus = [None if lora is None else _up(dy, lora) for lora, dy in zip(loras, dys, strict=True)]
-    plain = [i for i, lora in enumerate(loras) if lora is not None and not rates[i]]
-    dx = None
-    for i, (w, dy) in enumerate(zip(weights, dys, strict=True)):
-        # The undropped A of the group enter dx as one product, fused with the first weight's.
-        update = (jnp.concatenate([dus[j] for j in plain], -1), _stacked_a(loras, plain, x.dtype)) if plain and i == 0 else None
-        part = w.matmul_t(dy, update)
-        dx = part if dx is None else dx + part
-    dloras: list[LoRA | None] = [None] * len(loras)
-    das = _split(outer(jnp.concatenate([dus[j] for j in plain], -1), x), [loras[j].rank for j in plain], axis=0) if plain else []
-    for j, da in zip(plain, das, strict=True):
-        dloras[j] = _pair_gradient(loras[j], da, dys[j], us[j])
-    for j, rate in enumerate(rates):
-        if rate:
-            kept = _keep(keys[j], rate, x)
-            dx = dx + (dus[j] @ loras[j].a.astype(x.dtype)) * kept
-            dloras[j] = _pair_gradient(loras[j], outer(dus[j], x * kept), dys[j], us[j])
-    dweights = tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True))
-    return dx, dweights, tuple(dloras), None
+    pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
+    dus = {i: dys[i] @ _scaled(lora, dys[i].dtype) for i, lora in pairs.items()}
+    plain = {i: lora for i, lora in pairs.items() if not rates[i]}
+    # The undropped A of the group enter dx, and are differentiated, as one product.
+    du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
+    dx = weights[0].matmul_t(dys[0], None if du is None else (du, _stacked_a(plain, x.dtype)))
+    for w, dy in zip(weights[1:], dys[1:], strict=True):
+        dx = dx + w.matmul_t(dy)
+    das = {} if du is None else dict(zip(plain, _split(outer(du, x), plain, axis=0), strict=True))
+    for i in pairs.keys() - plain.keys():
+        kept = _keep(keys[i], rates[i], x)
+        dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
+        das[i] = outer(dus[i], x * kept)
+    dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], dys[i], us[i]) for i, lora in enumerate(loras))
+    return dx, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None
 
 
 _project.defvjp(_project_fwd, _project_bwd)
 
 
-def _down(rates: tuple[float, ...], x: Array, loras: tuple[LoRA | None, ...], keys: Any) -> list[Array | None]:
-    """u_i = A_i drop_i(x) [N, R_i]; the undropped ones as one product."""
-    us: list[Array | None] = [None] * len(loras)
-    plain = [i for i, lora in enumerate(loras) if lora is not None and not rates[i]]
-    if plain:
-        ranks = [loras[i].rank for i in plain]  # pyright: ignore[reportOptionalMemberAccess]
-        for i, u in zip(plain, _split(contract_last(x, _stacked_a(loras, plain, x.dtype)), ranks, axis=1), strict=True):
-            us[i] = u
-    for i, rate in enumerate(rates):
-        if rate:
-            us[i] = contract_last(x * _keep(keys[i], rate, x), loras[i].a.astype(x.dtype))  # pyright: ignore[reportOptionalMemberAccess]
+def _down(rates: Rates, x: Array, loras: Loras, keys: Any) -> dict[int, Array]:
+    """u_i = A_i drop_i(x) [N, R_i] of each adapted Linear; the undropped ones as one product."""
+    plain = {i: lora for i, lora in enumerate(loras) if lora is not None and not rates[i]}
+    us = dict(zip(plain, _split(contract_last(x, _stacked_a(plain, x.dtype)), plain, axis=1), strict=True)) if plain else {}
+    for i, lora in enumerate(loras):
+        if lora is not None and rates[i]:
+            us[i] = contract_last(x * _keep(keys[i], rates[i], x), lora.a.astype(x.dtype))
     return us
-
-
-def _up(dy: Array, lora: LoRA) -> Array:
-    """s·dy B [N, R]."""
-    return dy @ _scaled(lora, dy.dtype)
 
 
 def _scaled(lora: LoRA, dtype: Any) -> Array:
@@ -160,12 +148,12 @@ def _scaled(lora: LoRA, dtype: Any) -> Array:
     return (lora.scale * lora.b).astype(dtype)
 
 
-def _stacked_a(loras: tuple[LoRA | None, ...], which: list[int], dtype: Any) -> Array:
-    return jnp.concatenate([loras[i].a for i in which]).astype(dtype)  # pyright: ignore[reportOptionalMemberAccess]
+def _stacked_a(loras: Mapping[int, LoRA], dtype: Any) -> Array:
+    return jnp.concatenate([lora.a for lora in loras.values()]).astype(dtype)
 
 
-def _split(stacked: Array, sizes: list[int], *, axis: int) -> list[Array]:
-    return jnp.split(stacked, list(itertools.accumulate(sizes))[:-1], axis=axis)
+def _split(stacked: Array, loras: Mapping[int, LoRA], *, axis: int) -> list[Array]:
+    return jnp.split(stacked, list(itertools.accumulate(lora.rank for lora in loras.values()))[:-1], axis=axis)
 
 
 def _pair_gradient(lora: LoRA, da: Array, dy: Array, u: Array) -> LoRA:

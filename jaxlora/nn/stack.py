@@ -170,8 +170,8 @@ class Stack(nnx.Module):
         left = {stacked: len(expand(stacked)) for stacked in old}
         for stacked, leaf in flatten_leaves(filled).items():
             paths = expand(stacked)
-            sources = [where.get(path) for path in paths]
-            if any(source is None for source in sources) or jax.tree.structure(leaf) != jax.tree.structure(old[sources[0][0]]):
+            sources = [where[path] for path in paths if path in where]
+            if len(sources) < len(paths) or jax.tree.structure(leaf) != jax.tree.structure(old[sources[0][0]]):
                 continue
             if stacked in old:
                 _put(filled, stacked, old[stacked])
@@ -305,7 +305,7 @@ def unflatten(flat: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
     return nest(leaves)
 
 
-def _put(tree: dict[str, Any], path: str, value: Any, *, create: bool = False) -> None:
+def _put(tree: dict[Any, Any], path: str, value: Any, *, create: bool = False) -> None:
     # nnx keeps the members of a list under integer keys.
     *parents, last = (int(s) if s.isdigit() else s for s in path.split("."))
     for key in parents:

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from jaxlora.data.batches import Batch, labelled_tokens
 from jaxlora.select import classify, expand
@@ -191,15 +193,20 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(s, old)
 
 
+class _Stats(ProgressColumn):
+    """The text of the meters, which gives way first where the terminal is narrow."""
+
+    def get_table_column(self) -> Column:
+        """A column that may shrink, as others may not."""
+        return Column(no_wrap=False)
+
+    def render(self, task: Task) -> Text:
+        """On one line, with an ellipsis where it is cut."""
+        return Text(task.fields["stats"], no_wrap=True, overflow="ellipsis")
+
+
 def _bar(config: LoopConfig) -> Progress:
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[stats]}"),
-    )
+    columns = ("{task.description}", BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), _Stats())
     return Progress(*columns, disable=not config.progress)
 
 

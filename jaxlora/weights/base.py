@@ -91,6 +91,11 @@ def interleave(even: Float[Array, "O half"], odd: Float[Array, "O half"], dtype:
     return jax.lax.bitcast_convert_type(words, jnp.bfloat16).reshape(even.shape[0], -1)
 
 
+def repeat_each(x: Float[Array, "*rows N"], times: int) -> Float[Array, "*rows M"]:
+    """Each element of the last axis ``times`` times: a broadcast, where jnp.repeat may build and fold an index array for seconds."""
+    return jnp.broadcast_to(x[..., None], (*x.shape, times)).reshape(*x.shape[:-1], x.shape[-1] * times)
+
+
 def _one_product(x: Float[Array, "N I"], u: Float[Array, "N R"]) -> bool:
     """Whether x and u are contracted together: on a GPU, copying a narrow x costs less than writing and reading a wide update.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float, Int, UInt8
-from jaxlora.weights.base import AbstractWeight, LowRank, abstract, interleave
+from jaxlora.weights.base import AbstractWeight, LowRank, abstract, interleave, repeat_each
 from jaxlora.weights.dense import Dense
 
 GROUP = 64
@@ -85,7 +85,7 @@ class Int4(AbstractWeight):
         # Shifting left first moves the sign bit of a nibble to the top.
         nibbles = (jax.lax.shift_left(self.codes, jnp.uint8(4)), self.codes)
         even, odd = (jax.lax.shift_right_arithmetic(n.astype(jnp.int8), jnp.int8(4)) for n in nibbles)
-        scales = jnp.repeat(self.scales.astype(jnp.float32), GROUP // 2, axis=1)
+        scales = repeat_each(self.scales.astype(jnp.float32), GROUP // 2)
         # The product of a 4-bit and a bf16 number is exact in fp32, so this rounds once whatever the dtype.
         return interleave(even.astype(jnp.float32) * scales, odd.astype(jnp.float32) * scales, self.dtype)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from conversion.formats import bnb
 from jaxlora.typing import Array, Float, UInt8
-from jaxlora.weights.base import AbstractWeight, abstract, interleave
+from jaxlora.weights.base import AbstractWeight, abstract, interleave, repeat_each
 
 BLOCK, NESTED_BLOCK = 64, 256
 
@@ -65,7 +65,8 @@ class NF4(AbstractWeight):
         128.0
         """
         codes, absmax = _quantise(weight)
-        leaf = cls.abstract(weight.shape, dtype or weight.dtype, double_quant=double_quant)
+        out, features = weight.shape
+        leaf = cls.abstract((out, features), dtype or weight.dtype, double_quant=double_quant)
         nested = None
         if double_quant:
             absmax, nested = _nest(absmax, jnp.asarray(bnb.dynamic_map()))
@@ -114,12 +115,12 @@ class NF4(AbstractWeight):
         out, features = self.features
         halves = (self.code_book[self.codes & 15], self.code_book[self.codes >> 4])
         if self.in_rows:
-            scales = jnp.repeat(self._scales(), BLOCK // 2, axis=1)
+            scales = repeat_each(self._scales(), BLOCK // 2)
             even, odd = (half * scales for half in halves)
             return interleave(even, odd, self.dtype)
         n = out * features
         values = jnp.stack(halves, axis=-1).reshape(-1)[:n]
-        scales = jnp.repeat(self._scales(), self.blocksize, total_repeat_length=self.absmax.size * self.blocksize)
+        scales = repeat_each(self._scales(), self.blocksize)
         return (values * scales[:n]).reshape(out, features).astype(self.dtype)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
@@ -129,7 +130,7 @@ class NF4(AbstractWeight):
         if self.nested is None:
             return self.absmax
         table, nested_absmax, offset = self.nested
-        outer = jnp.repeat(nested_absmax, NESTED_BLOCK, total_repeat_length=nested_absmax.size * NESTED_BLOCK)
+        outer = repeat_each(nested_absmax, NESTED_BLOCK)
         product = table[self.absmax] * outer[: self.absmax.size].reshape(self.absmax.shape)
         # bitsandbytes rounds the product before it adds: the barrier keeps XLA from fusing both into one fma.
         return jax.lax.optimization_barrier(product) + offset

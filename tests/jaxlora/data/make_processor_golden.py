@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.tiny_tokenizer import make_tokenizer
+from jaxlora.recipes.tiny_tokenizer import make_tokenizer
 
 SIZES = [(90, 60), (29, 110), (300, 40)]
 # Special tokens and single bytes only: their ids do not depend on how the tokenizer was trained.

@@ -10,7 +10,7 @@ from jaxlora.data.chat import ChatOptions, encode
 from jaxlora.data.rows import Conversation, PlainText, media_of, read_row
 from jaxlora.data.template import render
 from jaxlora.data.turns import end_of_turn, renderer
-from tests.tiny_tokenizer import CHAT_TEMPLATES, TEXT, make_tokenizer
+from jaxlora.recipes.tiny_tokenizer import CHAT_TEMPLATES, TEXT, make_tokenizer
 
 # Own spellings of the styles that real templates have.
 CHATML = CHAT_TEMPLATES["qwen2_vl"].replace("<|im_end|>", "<|eot_id|>")

@@ -11,7 +11,7 @@ from jaxlora.data.ladder import Shape
 from jaxlora.data.positions import VisionValues
 from jaxlora.data.processors import load_processor
 from jaxlora.data.turns import takes_parts
-from tests.tiny_tokenizer import make_tokenizer
+from jaxlora.recipes.tiny_tokenizer import make_tokenizer
 
 
 @pytest.fixture

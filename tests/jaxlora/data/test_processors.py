@@ -8,8 +8,8 @@ from PIL import Image
 
 from jaxlora.data.positions import patch_positions
 from jaxlora.data.processors import Qwen2VLProcessor, load_processor
+from jaxlora.recipes.tiny_tokenizer import PREPROCESSOR, make_tokenizer
 from tests.jaxlora.data.make_processor_golden import SIZES, TEXTS, picture
-from tests.tiny_tokenizer import PREPROCESSOR, make_tokenizer
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "qwen2_vl_processor.npz")
 ONE = "<|vision_start|><|image_pad|><|vision_end|>"

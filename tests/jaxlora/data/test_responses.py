@@ -3,7 +3,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxlora.data.responses import Marker, Markers, make_markers, mask_to_responses, template_markers
-from tests.tiny_tokenizer import make_tokenizer
+from jaxlora.recipes.tiny_tokenizer import make_tokenizer
 
 USER, ANSWER = "<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"
 

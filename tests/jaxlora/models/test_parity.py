@@ -112,7 +112,7 @@ def test_every_parameter_moves_the_logits(model_type):
         for i, path in enumerate(expand(stacked)):
             layer = ... if expand(stacked) == [stacked] else i
             changed = jax.tree.map(
-                lambda a, layer=layer: a.at[layer].add(jax.random.normal(jax.random.key(i), a[layer].shape) * a[layer].std()), leaf
+                lambda a, layer=layer, i=i: a.at[layer].add(jax.random.normal(jax.random.key(i), a[layer].shape) * a[layer].std()), leaf
             )
             tree = nnx.to_pure_dict(state)
             node = tree

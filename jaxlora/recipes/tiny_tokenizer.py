@@ -1,6 +1,7 @@
 """A tokenizer of a few hundred entries, trained on the spot, in the files that a checkpoint folder has."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -58,8 +59,13 @@ PREPROCESSOR = {
 }
 
 
-def make_tokenizer(folder: str | Path, family: Family = "llama") -> Path:
-    """Writes tokenizer files and chat_template.jinja, and for qwen2_vl preprocessor_config.json; returns the folder."""
+def make_tokenizer(folder: str | Path, family: Family = "llama", texts: Sequence[str] = TEXT) -> Path:
+    """Writes tokenizer files and chat_template.jinja, and for qwen2_vl preprocessor_config.json; returns the folder.
+
+    ``texts`` are what its merges are learnt from. Special tokens have the ids 0, 1, … in the order of ``SPECIAL_TOKENS``.
+
+    >>> # make_tokenizer("model", "qwen2_vl")
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     special = SPECIAL_TOKENS[family]
@@ -72,7 +78,7 @@ def make_tokenizer(folder: str | Path, family: Family = "llama") -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "padding_side": "right", **ROLES[family]}
     config["additional_special_tokens"] = [token for token in special if token not in ROLES[family].values()]
