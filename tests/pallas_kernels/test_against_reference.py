@@ -2,13 +2,13 @@
 
 import functools
 
-import h200
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import KERNELS
+from tests.pallas_kernels import h200
 
 GPU_BACKENDS = {"cudnn", "mosaic", "triton"}
 

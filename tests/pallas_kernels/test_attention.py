@@ -1,6 +1,5 @@
 import functools
 
-import h200
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from pallas_kernels import attention
 from pallas_kernels.attention import cudnn, front, xla
 from pallas_kernels.attention.reference import reference
+from tests.pallas_kernels import h200
 
 
 def qkv(length, *, rows=1, heads=2, kv_heads=1, width=8, dtype=jnp.float32):
