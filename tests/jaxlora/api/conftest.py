@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tests.tiny_tokenizer import make_tokenizer
 
 from jaxlora.models import registry
 from jaxlora.recipes.random_model import write_random_checkpoint
+from jaxlora.recipes.tiny_tokenizer import make_tokenizer
 
 VOCAB = 400
 
