@@ -64,7 +64,7 @@ def main() -> None:
     started = time.perf_counter()
     model, _ = FastVisionModel.from_pretrained(args.folder, load_in_4bit=True, max_seq_length=args.sequence)
     load_s, loaded, load_peak = time.perf_counter() - started, stats()["bytes_in_use"], stats()["peak_bytes_in_use"]
-    image = hasattr(model.config, "vision_config")
+    image = "vision_config" in model.loaded.raw_config
     remat = {"True": True, "False": False}.get(args.remat, args.remat)
     model = FastVisionModel.get_peft_model(model, r=16, lora_alpha=16, use_gradient_checkpointing=remat)
     config = SFTConfig(
