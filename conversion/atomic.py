@@ -64,8 +64,8 @@ def new_folder(target: str | os.PathLike, *, overwrite: bool = False, needed_byt
 
 
 @contextlib.contextmanager
-def files_into(folder: str | os.PathLike, *, last: str) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder whose files replace those of ``folder`` when the block ends; its other files stay.
+def files_into(folder: str | os.PathLike, *, last: str | None = None) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder whose files replace those of ``folder`` when the block ends, each at once; its other files stay.
 
     ``last`` names the file without which the others mean nothing: it is removed first and put in place last, so that a
     crash in between leaves a folder that is visibly incomplete rather than a mixture of old and new.
@@ -76,11 +76,14 @@ def files_into(folder: str | os.PathLike, *, last: str) -> Iterator[pathlib.Path
     try:
         yield temporary
         _sync_tree(temporary)
-        (folder / last).unlink(missing_ok=True)
-        _sync(folder)
-        for file in sorted(temporary.iterdir(), key=lambda f: f.name == last):
-            os.replace(file, folder / file.name)
+        if last is not None:
+            (folder / last).unlink(missing_ok=True)
             _sync(folder)
+        for file in sorted((f for f in temporary.rglob("*") if f.is_file()), key=lambda f: f.name == last):
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,7 +16,8 @@ REQUIRED: Final = object()
 INERT = frozenset(
     # provenance, and what is decided per tensor (quantization_config), never executed (auto_map), or read on its own (dtype)
     "_name_or_path _commit_hash _attn_implementation architectures transformers_version model_type auto_map custom_pipelines "
-    "torch_dtype dtype quantization_config unsloth_version unsloth_fixed base_model_config attn_implementation "
+    "torch_dtype dtype quantization_config unsloth_version unsloth_fixed base_model_config "
+    "attn_implementation _attn_implementation_autoset "
     # how parameters were drawn, or a product was split, before training
     "initializer_range initializer_factor pretraining_tp chunk_size_feed_forward gradient_checkpointing "
     # tokens and generation: the tokenizer's and the generation config's business
@@ -114,7 +115,8 @@ def split_text(config: Mapping[str, Any], outer: Collection[str]) -> tuple[dict[
     """Returns the (outer, text) configurations of a vision-language model, whose text keys are nested or, in old files, flat.
 
     ``outer`` names the keys that are the whole model's (``vision_config``, ``image_token_id``, ``tie_word_embeddings``, …). In a
-    file that has text keys in both places, the nested ones count.
+    file that has text keys in both places, the nested ones count; null there is no contradiction (transformers 4.5x writes a
+    ``sliding_window`` that is not used so).
 
     >>> split_text({"vision_config": {}, "hidden_size": 8}, ["vision_config"])
     ({'vision_config': {}}, {'hidden_size': 8})
@@ -130,7 +132,7 @@ def split_text(config: Mapping[str, Any], outer: Collection[str]) -> tuple[dict[
     faults = [
         f"{k} is {_short(v)} outside, {_short(nested[k])} in text_config"
         for k, v in flat.items()
-        if k in nested and not _equal(v, nested[k])
+        if nested.get(k) is not None and not _equal(v, nested[k])
     ]
     raise_all("the configuration contradicts its text_config", [f for f in faults if f.split()[0] not in _OWN])
     return whole | {k: v for k, v in flat.items() if k not in nested}, dict(nested)
@@ -153,7 +155,7 @@ def rope(config: Mapping[str, Any], *, theta: float, layer_type: str | None = No
     """Returns the rotary positions of a text configuration, from ``rope_theta`` and ``rope_scaling`` or ``rope_parameters``.
 
     ``theta`` is the architecture's default. ``layer_type`` ("full_attention", "sliding_attention") picks one where the layers
-    differ (Gemma-3): in old files, sliding layers have ``rope_local_base_freq`` and no scaling.
+    differ (Gemma-3): in old files, sliding layers have ``rope_local_base_freq`` (else ``theta``) and no scaling.
 
     >>> rope({"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_theta": 1e6}, theta=1e4).factor
     8.0
@@ -163,12 +165,13 @@ def rope(config: Mapping[str, Any], *, theta: float, layer_type: str | None = No
       ValueError: listing parameters that the kind does not have, or lacks.
     """
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    if new is not None and layer_type is not None and layer_type in new:
-        return _rope(new[layer_type] or {}, config, theta)
+    if new is not None and layer_type is not None and any(isinstance(part, Mapping) for part in new.values()):
+        return _rope(new.get(layer_type) or {}, config, theta)
     if new is not None:
         return _rope(new, config, theta)
-    if layer_type == "sliding_attention" and config.get("rope_local_base_freq") is not None:
-        return Rope(theta=float(config["rope_local_base_freq"]))
+    if layer_type == "sliding_attention":
+        local = config.get("rope_local_base_freq")
+        return Rope(theta=theta if local is None else float(local))
     return _rope(old or {}, config, theta)
 
 
@@ -191,13 +194,18 @@ def _rope(given: Mapping[str, Any], config: Mapping[str, Any], theta: float) -> 
     raise_all(f"rotary positions of type {kind!r} have wrong parameters", faults)
     base = values.pop("rope_theta", config.get("rope_theta"))
     original = values.pop("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    # transformers stretches "dynamic" from the model's own limit, whatever the file says of another.
+    trained = config.get("max_position_embeddings") if kind == "dynamic" else original or config.get("max_position_embeddings")
+    scaled = kind in ("dynamic", "llama3", "yarn")
+    if scaled and trained is None:
+        raise ValueError(f"rotary positions of type {kind!r} start from max_position_embeddings, which the file lacks")
     section = values.pop("mrope_section", None)
     partial = values.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     numbers: dict[str, Any] = {k: v if isinstance(v, bool) else float(v) for k, v in values.items() if k not in texts}
     return Rope(
         theta=float(theta if base is None else base),
         kind=kind,
-        original_max_positions=(original or config.get("max_position_embeddings")) if kind in ("dynamic", "llama3", "yarn") else None,
+        original_max_positions=trained if scaled else None,
         mrope_section=None if section is None else tuple(section),
         partial_rotary_factor=1.0 if partial is None else float(partial),
         **numbers,

@@ -100,9 +100,9 @@ class MergeReport:
         >>> MergeReport(onto="the original 16-bit weights", merged=2, overwritten=0, quantisation={"a": 0.5, "b": 2.0}).describe()
         '2 adapters merged onto the original 16-bit weights; |quantisation error| / |update|: median 1.25, largest 2 (b)'
         """
-        parts = [f"{self.merged} adapters merged onto {self.onto}"]
+        parts = [f"{self.merged} adapters merged onto {self.onto}"] if self.merged else []
         if self.overwritten:
-            parts[0] += f", {self.overwritten} tensors trained whole"
+            parts.append(f"{self.overwritten} tensors that were trained whole saved in place of {self.onto}")
         if self.quantisation:
             worst = max(self.quantisation, key=self.quantisation.__getitem__)
             median = statistics.median(self.quantisation.values())

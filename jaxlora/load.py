@@ -134,14 +134,18 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def describe_formats(loaded: Loaded) -> str:
-    """One line for the banner: how many Linears are stored how, and what stayed 16-bit and why.
-
-    Embeddings, norms and convolutions are never quantised and are not listed.
-    """
-    counts = collections.Counter(loaded.formats.values())
-    reasons = collections.Counter(loaded.kept.values())
-    stored = ", ".join(f"{n} {name}" for name, n in counts.most_common())
-    return f"{stored}" + (f"; 16-bit: {', '.join(f'{n} {why}' for why, n in reasons.most_common())}" if reasons else "")
+    """One line for the banner: how many Linears are packed how, which were left as they are and why, and the dtypes of all the rest."""
+    counts, reasons = collections.Counter(loaded.formats.values()), collections.Counter(loaded.kept.values())
+    rest = set()
+    for leaf in flatten_leaves(nnx.to_pure_dict(nnx.state(loaded.model))).values():
+        if not isinstance(leaf, AbstractWeight) or leaf.trainable:
+            rest |= {str(array.dtype) for array in jax.tree.leaves(leaf)}
+    dtypes = " and ".join(sorted(rest))
+    if not counts:
+        return f"{dtypes} throughout"
+    packed = ", ".join(f"{n} Linears {name}" for name, n in counts.most_common())
+    kept = ", ".join(f"{n} {why}" for why, n in reasons.most_common())
+    return f"{packed}; the rest {dtypes}" + (f", Linears among it: {kept}" if kept else "")
 
 
 def _with_tie(spec: ModelSpec, config: Any, checkpoint: Checkpoint) -> Any:

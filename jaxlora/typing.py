@@ -5,6 +5,6 @@ F MLP width, V vocabulary, L layers, R rank, I and O a Linear's in and out featu
 P data shards, W vision patches (padded), E patch elements (channels x frames x height x width).
 """
 
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt8, UInt32
 
-__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "PyTree", "Shaped", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "PyTree", "Shaped", "UInt8", "UInt32"]

@@ -15,3 +15,7 @@ REORDERED_FP32 = 1e-6
 LEAF_REORDERED_FP32 = 5e-6
 # Packed rows against the same rows alone, fp32: blocks of keys are summed in another order.
 PACKED_FP32 = 1e-5
+# Pixels of resized frames in standard deviations: one level of 8 bits, 1 / 255 / 0.26, which pillow and torchvision round apart.
+RESIZED_PIXELS = 0.016
+# Relative error of a product rounded once to bf16 (2^-9, rms 0.0017).
+ROUNDED_BF16 = 2e-3

@@ -36,16 +36,24 @@ class ChatOptions:
     allow_special_in_text: bool = False
 
 
-def encode(row: Conversation | PlainText, tokenizer: Any, options: ChatOptions | None = None, *, where: str = "row") -> Encoded:
+def encode(
+    row: Conversation | PlainText,
+    tokenizer: Any,
+    options: ChatOptions | None = None,
+    *,
+    where: str = "row",
+    prepare: Callable[[str], str] = str,
+) -> Encoded:
     """Tokenises a row; nothing is truncated. A chat template brings its own BOS, so that none is added.
 
-    Plain text gets the tokenizer's own special tokens, and EOS where it has none at its end.
+    Plain text gets the tokenizer's own special tokens, and EOS where it has none at its end. ``prepare`` writes out the placeholders of
+    images in text that is rendered and whose labels are known.
 
     Raises:
       ValueError: names ``where``: no chat template, no assistant turn, a template whose turns cannot be told apart.
     """
     if isinstance(row, PlainText):
-        return _encode_plain(row, tokenizer)
+        return _encode_plain(dataclasses.replace(row, prompt=prepare(row.prompt), text=prepare(row.text)), tokenizer)
     options = options or ChatOptions()
     try:
         if any(RESERVED.search(text) for message in row.messages for text in _texts(message)):
@@ -55,9 +63,17 @@ def encode(row: Conversation | PlainText, tokenizer: Any, options: ChatOptions |
         render_turns = renderer(tokenizer)
         rendered = render_turns(messages, False)
         spans = _trained_spans(render_turns, rendered.text, messages, row.prompt_turns, options, control_tokens(tokenizer))
-        return _tokenise(rendered.text, spans, tokenizer)
+        return _tokenise(*_prepared(rendered.text, spans, prepare), tokenizer)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _prepared(text: str, spans: Sequence[tuple[int, int]], prepare: Callable[[str], str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text between the ends of spans prepared piece by piece, and where the spans are then."""
+    cuts = sorted({0, len(text), *(edge for pair in spans for edge in pair)})
+    pieces = [prepare(text[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+    moved = dict(zip(cuts, np.cumsum([0, *map(len, pieces)]).tolist(), strict=True))
+    return "".join(pieces), [(moved[start], moved[end]) for start, end in spans]
 
 
 def _trained_spans(

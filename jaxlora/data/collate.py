@@ -1,6 +1,8 @@
 """What the vision collator does: rows of messages and images to one micro-batch with Hugging Face's names."""
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +12,8 @@ from jaxlora.data.chat import ChatOptions, Encoded, encode
 from jaxlora.data.images import Resize, ResizeDimension, image_size, load_image, resize_image, resized_size
 from jaxlora.data.padding import IGNORE, Inputs, pad_rows, truncate_ids
 from jaxlora.data.responses import Markers, mask_to_responses
-from jaxlora.data.rows import Conversation, PlainText, media_of, read_row
+from jaxlora.data.rows import DEFAULT_FPS, Conversation, PlainText, fps_of, media_of, read_row
+from jaxlora.data.tiles import stack_tiles
 
 # Placeholders and frames of media in the vocabularies of the families we know: never a target.
 MEDIA_TOKENS = (
@@ -38,6 +41,7 @@ class CollateOptions:
     markers: Markers | None = None
     completion_only_loss: bool = True
     pad_to_multiple_of: int | None = None
+    image_root: str | pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class _Parsed:
     encoded: Encoded
     images: list[Any]
     videos: list[Any]
+    fps: list[float]  # of each video
 
 
 def collate(rows: Sequence[Any], processor: Any, options: CollateOptions) -> Inputs:
@@ -73,20 +78,33 @@ def collate(rows: Sequence[Any], processor: Any, options: CollateOptions) -> Inp
     padded = pad_rows(ids, processor.tokenizer, labels=labels, multiple=options.pad_to_multiple_of)
     padded["labels"] = np.where(padded["labels"] == IGNORE, options.ignore_index, padded["labels"])
     names = sorted({name for made in vision for name in made})
-    together = {name: np.concatenate([made[name] for made in vision if name in made]) for name in names}
-    return Inputs({**padded, "mm_token_type_ids": processor.token_types(padded["input_ids"]), **together})
+    tiled = "aspect_ratio_ids" in names
+    together = stack_tiles(vision) if tiled else {name: _together([made[name] for made in vision if name in made]) for name in names}
+    return Inputs({**padded, **processor.token_types(padded["input_ids"]), **together})
 
 
-def measure_row(row: Any, processor: Any, options: CollateOptions, *, where: str = "row") -> tuple[int, int]:
-    """(tokens, patches) of the row that `collate` would make, from image headers: no pixel is decoded. Refuses what it would refuse."""
+def _together(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One array of all rows' images; where their sizes differ, zeros follow at the bottom and on the right, as in transformers."""
+    largest = np.max([array.shape[1:] for array in arrays], axis=0)
+    gaps = [[(0, 0), *((0, most - side) for most, side in zip(largest, array.shape[1:], strict=True))] for array in arrays]
+    return np.concatenate([np.pad(array, gap) if np.any(gap) else array for array, gap in zip(arrays, gaps, strict=True)])
+
+
+def measure_row(row: Any, processor: Any, options: CollateOptions, *, where: str = "row") -> tuple[int, int, int]:
+    """(tokens, patches, frames) of the row that `collate` would make, from image headers: no pixel is decoded.
+
+    Refuses what it would refuse.
+    """
     parsed = parse_row(row, processor, options, where=where)
-    sizes = [_resized(image_size(image, where=f"{where}, image {k}"), options) for k, image in enumerate(parsed.images)]
-    frames = [(image_size(video[0], where=f"{where}, video {k}"), len(video)) for k, video in enumerate(parsed.videos)]
+    root = options.image_root
+    sizes = [_resized(image_size(image, where=f"{where}, image {k}", image_root=root), options) for k, image in enumerate(parsed.images)]
+    frames = [(image_size(video[0], where=f"{where}, video {k}", image_root=root), len(video)) for k, video in enumerate(parsed.videos)]
     images = [processor.grid_of(size) for size in sizes]
     videos = [processor.grid_of(_resized(size, options), count) for size, count in frames]
     grids = {"image_grid_thw": np.array(images).reshape(-1, 3), "video_grid_thw": np.array(videos).reshape(-1, 3)}
     [(ids, _)] = processor.expand([parsed.encoded.input_ids], grids, [where])
-    return len(_cut(ids, processor, options, where)), sum(t * h * w for t, h, w in images + videos)
+    made = images + videos
+    return len(_cut(ids, processor, options, where)), sum(t * h * w for t, h, w in made), sum(t for t, _, _ in made)
 
 
 def parse_row(row: Any, processor: Any, options: CollateOptions, *, where: str) -> _Parsed:
@@ -108,9 +126,14 @@ def parse_row(row: Any, processor: Any, options: CollateOptions, *, where: str) 
         )
     by_template = options.responses_only and options.markers is None
     chat_options = ChatOptions(responses_only=by_template, last_response_only=by_template and options.last_response_only)
-    encoded = encode(read, processor.tokenizer, chat_options, where=where)
+    own = fps_of(read.messages) if isinstance(read, Conversation) else []
+    # A row's own column of videos says nothing about their times.
+    fps = own if len(own) == len(media["video"]) else [DEFAULT_FPS] * len(media["video"])
+    videos = zip([len(frames) for frames in media["video"]], fps, strict=True)
+    prepare = functools.partial(processor.prepare, videos=videos)
+    encoded = encode(read, processor.tokenizer, chat_options, where=where, prepare=prepare)
     trained = np.where(np.isin(encoded.input_ids, media_ids(processor.tokenizer)), IGNORE, encoded.labels)
-    return _Parsed(row=read, encoded=dataclasses.replace(encoded, labels=trained), images=media["image"], videos=media["video"])
+    return _Parsed(row=read, encoded=dataclasses.replace(encoded, labels=trained), images=media["image"], videos=media["video"], fps=fps)
 
 
 def media_ids(tokenizer: Any) -> list[int]:
@@ -125,13 +148,14 @@ def _resized(size: tuple[int, int], options: CollateOptions) -> tuple[int, int]:
 
 def _pixels(parsed: _Parsed, processor: Any, options: CollateOptions, where: str) -> dict[str, np.ndarray]:
     def read(source: Any, name: str) -> Any:
-        return resize_image(load_image(source, where=name), options.resize, dimension=options.resize_dimension, multiple=options.snap)
+        image = load_image(source, where=name, image_root=options.image_root)
+        return resize_image(image, options.resize, dimension=options.resize_dimension, multiple=options.snap)
 
     images = [read(image, f"{where}, image {k}") for k, image in enumerate(parsed.images)]
     videos = [[read(frame, f"{where}, video {k}") for frame in frames] for k, frames in enumerate(parsed.videos)]
     return {
         **processor.image_inputs(images, [f"{where}, image {k}" for k in range(len(images))]),
-        **processor.video_inputs(videos, [f"{where}, video {k}" for k in range(len(videos))]),
+        **processor.video_inputs(videos, [f"{where}, video {k}" for k in range(len(videos))], parsed.fps),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxlora.typing import Int
+from jaxlora.typing import Float, Int
 
 Grid = tuple[int, int, int]
 
@@ -26,20 +26,38 @@ class VisionValues:
     merge_size: int = 1
     temporal_patch_size: int = 1
     patch_elements: int  # channels x frames x height x width of one row of pixel_values
+    grid: Grid | None = None  # of every image, where the model takes one size only and pixel_values are [N, C, H, W]
+    tiles: tuple[int, ...] | None = None  # of an image, by its aspect ratio's id, where text attends to tiles instead of holding features
+    unseen: Literal["reference", "hf5"] = "reference"  # what a token that sees no tile attends to: nothing, or all tiles of its row
     mrope: bool = False
     tokens_per_second: float | None = None  # None: a video's frames are one position apart, whatever their time
     mrope_advance: Literal["reference", "hf5"] = "reference"
+    window: int | None = None  # side of an attention window in merged cells, where some blocks of the tower attend in windows
+    position_side: int | None = None  # side of the tower's square table of learned positions
+    frames_apart: bool = False  # every frame of a video has placeholders of its own
+    row_breaks: bool = False  # after each row of an image's features comes a token that is none; images may have any size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionRun:
-    """One image or video in a row: its placeholders are tokens ``start`` to ``start + features``."""
+    """One image or video in a row. Its placeholders follow each other from token ``start`` on, but for one token after each ``broken``."""
 
     start: int
     grid: Grid
     features: int
     video: bool = False
     seconds_per_grid: float = 1.0
+    broken: int | None = None
+
+    @property
+    def places(self) -> Int[np.ndarray, " F"]:
+        """The tokens of its features.
+
+        >>> VisionRun(start=3, grid=(1, 2, 2), features=4, broken=2).places.tolist()
+        [3, 4, 6, 7]
+        """
+        at = np.arange(self.features)
+        return self.start + at + (0 if self.broken is None else at // self.broken)
 
 
 def find_runs(
@@ -65,16 +83,18 @@ def find_runs(
         if found is None:
             raise ValueError(f"token {at_placeholder} is {kind} placeholder {int(ids[at_placeholder])}, but no {kind} is left for it")
         grid, seconds = found
-        features = grid[0] * grid[1] * grid[2] // values.merge_size**2
-        at = at_placeholder + features
+        features = 1 if values.tiles else grid[0] * grid[1] * grid[2] // values.merge_size**2
+        broken = grid[2] // values.merge_size if values.row_breaks else None
+        run = VisionRun(start=at_placeholder, grid=grid, features=features, video=video, seconds_per_grid=seconds, broken=broken)
+        at = int(run.places[-1]) + 1
         same = ids[at_placeholder:at] == ids[at_placeholder]
-        if len(same) < features or not same.all():
-            present = int(same.argmin()) if not same.all() else len(same)
+        present = int(same.sum())
+        if at > len(ids) or present != features or not same[run.places - at_placeholder].all():
             raise ValueError(
                 f"the {kind} at token {at_placeholder} has {features} features (grid {grid}, merge {values.merge_size}) "
                 f"but {present} placeholders; was the row truncated, or resized after it was tokenised?"
             )
-        runs.append(VisionRun(start=at_placeholder, grid=grid, features=features, video=video, seconds_per_grid=seconds))
+        runs.append(run)
     return runs
 
 
@@ -124,3 +144,62 @@ def patch_positions(grid: Grid, merge: int) -> Int[np.ndarray, "W 2"]:
     row, column = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
     blocks = np.stack([row, column], axis=-1).reshape(h // merge, merge, w // merge, merge, 2).transpose(0, 2, 1, 3, 4)
     return np.tile(blocks.reshape(h * w, 2), (t, 1)).astype(np.int32)
+
+
+def window_order(grid: Grid, values: VisionValues) -> tuple[Int[np.ndarray, " F"], list[int]]:
+    """(features in window order, patches of each window) of one grid.
+
+    Every frame is cut into squares of ``window`` x ``window`` merged cells from its top left corner, so that those at the right and the
+    bottom may be smaller; windows, and the cells inside each, are in row-major order. Patches in that order make windows contiguous, and
+    frames stay contiguous too (Qwen2.5-VL, as ``get_vision_window_index`` in transformers).
+
+    >>> values = VisionValues(image_token_id=9, patch_size=14, merge_size=2, patch_elements=1176, window=2)
+    >>> order, lengths = window_order((1, 4, 6), values)
+    >>> order.tolist(), lengths
+    ([0, 1, 3, 4, 2, 5], [16, 8])
+    """
+    t, h, w = grid[0], grid[1] // values.merge_size, grid[2] // values.merge_size
+    cells = np.arange(t * h * w).reshape(t, h, w)
+    if values.window is None:
+        return cells.ravel(), []
+    side = values.window
+    windows = [frame[i : i + side, j : j + side].ravel() for frame in cells for i in range(0, h, side) for j in range(0, w, side)]
+    return np.concatenate(windows), [values.merge_size**2 * len(window) for window in windows]
+
+
+def window_room(needed: int, patches: int, frames: int, values: VisionValues) -> int:
+    """Windows to have room for, where ``patches`` patches in at most ``frames`` frames need that many: one of two sizes.
+
+    Twice as many as full windows, and one a frame, hold what photographs need. Frames a cell wide have the most windows for their area: a
+    frame of a x b cells has ceil(a / s) · ceil(b / s) of them, at most (a·b + s - 1) / s. Two sizes are two compiled programs at most.
+
+    >>> values = VisionValues(image_token_id=9, patch_size=14, merge_size=2, patch_elements=1176, window=4)
+    >>> window_room(17, 1024, 1, values), window_room(40, 1024, 1, values)
+    (33, 64)
+    """
+    side, cells = values.window or 1, patches // values.merge_size**2
+    usual, most = 2 * cells // side**2 + frames, (cells + (side - 1) * frames) // side
+    return min(usual, most) if needed <= usual else most
+
+
+def position_taps(grid: Grid, values: VisionValues) -> tuple[Int[np.ndarray, "W 4"], Float[np.ndarray, "W 4"]]:
+    """(rows, weights) of the learned positions whose weighted sum is that of each patch, in merge-block order (Qwen3-VL).
+
+    The table's side x side positions are interpolated bilinearly, its corners at the corners of the frame: patch i of n lies at
+    i (side - 1) / (n - 1).
+
+    >>> values = VisionValues(image_token_id=9, patch_size=14, merge_size=2, patch_elements=1176, position_side=4)
+    >>> rows, weights = position_taps((1, 4, 6), values)
+    >>> rows[5].tolist(), weights[5].round(2).tolist()
+    ([1, 2, 5, 6], [0.20000000298023224, 0.800000011920929, 0.0, 0.0])
+    """
+    assert values.position_side is not None
+    side = values.position_side
+    # [W, 2] of (row, column), each between two rows or columns of the table.
+    at = patch_positions(grid, values.merge_size) * ((side - 1) / np.maximum(np.array(grid[1:]) - 1, 1)).astype(np.float32)[None]
+    low = np.floor(at).astype(np.int32)
+    high, part = np.minimum(low + 1, side - 1), (at - low).astype(np.float32)
+    pairs = [(a, b) for a in (0, 1) for b in (0, 1)]
+    rows = np.stack([(low, high)[a][:, 0] * side + (low, high)[b][:, 1] for a, b in pairs], axis=-1)
+    weights = np.stack([(1 - part, part)[a][:, 0] * (1 - part, part)[b][:, 1] for a, b in pairs], axis=-1)
+    return rows.astype(np.int32), weights.astype(np.float32)

@@ -8,6 +8,8 @@ from jaxlora.errors import nearest
 
 Message = dict[str, Any]
 
+# Frames a second where nobody says: that at which Qwen's own tools sample videos.
+DEFAULT_FPS = 2.0
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALIASES = {
     **dict.fromkeys(("human", "input"), "user"),
@@ -81,6 +83,16 @@ def media_of(messages: Sequence[Message], kind: str) -> list[Any]:
     """
     parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
     return [part[kind] for part in parts if part["type"] == kind and kind in part]
+
+
+def fps_of(messages: Sequence[Message]) -> list[float]:
+    """The frames a second of each video that the messages carry: its part's ``fps``, or ``DEFAULT_FPS``.
+
+    >>> fps_of([{"role": "user", "content": [{"type": "video", "video": [], "fps": 4}, {"type": "video", "video": []}]}])
+    [4.0, 2.0]
+    """
+    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+    return [float(part.get("fps", DEFAULT_FPS)) for part in parts if part["type"] == "video" and "video" in part]
 
 
 def _read_message(message: Any, where: str) -> Message:

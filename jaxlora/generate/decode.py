@@ -41,6 +41,7 @@ def generate(
     first = next_token(model.head().logits(last), sampling, first_key)
     inside = jnp.arange(columns)[None] < lengths[:, None]
     positions = prompt.position_ids
+    ends = jax.tree.map(lambda a: jnp.take_along_axis(a, (lengths - 1)[:, None], axis=1), (prompt.seen_starts, prompt.seen_lengths))
     next_position = jnp.where(inside, positions if positions.ndim == 2 else positions.max(0), 0).max(-1) + 1
 
     def go_on(carry: Any) -> Array:
@@ -50,7 +51,7 @@ def generate(
     def one(carry: Any) -> Any:
         t, tokens, current, done, caches, key = carry
         key, draw = jax.random.split(key)
-        step = _one_token(prompt, current, next_position + t - 1)
+        step = _one_token(prompt, current, next_position + t - 1, ends)
         hidden, caches = model(step, Execution(), caches=caches, column=lengths + t - 1)
         chosen = next_token(model.head().logits(hidden[:, 0]), sampling, draw)
         chosen = jnp.where(done, pad, chosen)
@@ -64,10 +65,19 @@ def generate(
     return tokens, count
 
 
-def _one_token(prompt: Batch, token: Int[Array, " B"], position: Int[Array, " B"]) -> Batch:
+def _one_token(prompt: Batch, token: Int[Array, " B"], position: Int[Array, " B"], seen: tuple[Any, Any]) -> Batch:
+    """``seen``: the images that the prompt's last token sees are what new ones see too."""
     positions = position[:, None] if prompt.position_ids.ndim == 2 else jnp.broadcast_to(position[None, :, None], (3, token.size, 1))
     zeros = jnp.zeros((token.size, 1), jnp.int32)
-    return Batch(input_ids=token[:, None], labels=zeros, position_ids=positions, segment_starts=zeros, segment_lengths=jnp.ones_like(zeros))
+    return Batch(
+        input_ids=token[:, None],
+        labels=zeros,
+        position_ids=positions,
+        segment_starts=zeros,
+        segment_lengths=jnp.ones_like(zeros),
+        seen_starts=seen[0],
+        seen_lengths=seen[1],
+    )
 
 
 def _is_eos(tokens: Int[Array, "..."], eos: tuple[int, ...]) -> Array:

@@ -11,11 +11,8 @@ from jaxlora.nn.decoder import DecoderConfig
 
 def read(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a config.json; q, k and v always have biases; with ``use_sliding_window`` the layers from ``max_window_layers`` on slide."""
-    uses = text.common() | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
-    used = take(config, uses=uses, requires={"hidden_act": "silu"})
-    slides, first = used["use_sliding_window"], used["max_window_layers"]
-    windows = text.layer_windows(used, used["sliding_window"] if slides else None, lambda layer: slides and layer >= first)
-    return text.sizes(used, rope(config, theta=1e4), windows, qkv_bias=True)
+    used = take(config, uses=text.common() | text.QWEN_WINDOWS, requires={"hidden_act": "silu"})
+    return text.sizes(used, rope(config, theta=1e4), text.qwen_windows(used), qkv_bias=True)
 
 
 TINY = {

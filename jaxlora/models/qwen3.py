@@ -11,20 +11,10 @@ from jaxlora.nn.decoder import DecoderConfig
 
 def read(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a config.json; queries and keys are normed per head before they turn."""
-    uses = text.common() | {
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "layer_types": None,
-    }
-    used = take(config, uses=uses, requires={"hidden_act": "silu"})
-    slides, first = used["use_sliding_window"], used["max_window_layers"]
-    windows = text.layer_windows(used, used["sliding_window"] if slides else None, lambda layer: slides and layer >= first)
+    used = take(config, uses=text.common() | text.QWEN_WINDOWS | {"attention_bias": False}, requires={"hidden_act": "silu"})
+    used["head_dim"] = used["head_dim"] or 128
     bias = used["attention_bias"]
-    return text.sizes(
-        {**used, "head_dim": used["head_dim"] or 128}, rope(config, theta=1e4), windows, qkv_bias=bias, o_bias=bias, qk_norm=True
-    )
+    return text.sizes(used, rope(config, theta=1e4), text.qwen_windows(used), qkv_bias=bias, o_bias=bias, qk_norm=True)
 
 
 TINY = {

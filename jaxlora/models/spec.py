@@ -41,7 +41,8 @@ class ModelSpec:
 
     ``read`` turns a config.json into the model's config and refuses what is not modelled; ``build`` makes the module with abstract
     leaves; ``rules`` are its names on disk; ``values`` is what batches need to know; ``tiny`` is a config.json with odd sizes, on which
-    the parity tests run; ``architecture`` is the class in transformers.
+    the parity tests run; ``architecture`` is the class in transformers. ``unused(config, path)`` says that nothing uses what a Linear
+    computes (a tower's layers behind the one whose state is taken): an adapter there has no gradient.
     """
 
     model_type: str
@@ -52,3 +53,4 @@ class ModelSpec:
     values: Callable[[Any], ModelValues]
     lengthen: Callable[[Any, int], Any]
     tiny: Mapping[str, Any]
+    unused: Callable[[Any, str], bool] = lambda config, path: False

@@ -39,7 +39,7 @@ class CausalLM(nnx.Module):
 
     def head(self) -> Head:
         """The output head: its own weight, or the embedding's table."""
-        return head_of(self.lm_head, self.model.embed_tokens)
+        return head_of(self.lm_head, self.model.embed_tokens, self.config.final_logit_softcapping)
 
     def embed_table(self) -> Dense:
         """The embedding's table."""
@@ -104,6 +104,16 @@ def common(rms_norm_eps: float = 1e-6, max_position_embeddings: int = 32768) -> 
         "rope_parameters": None,
     }
     return {**dict.fromkeys(required, REQUIRED), **optional}
+
+
+# The keys by which Qwen's configs say which layers slide.
+QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+
+
+def qwen_windows(used: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The sliding window of each layer in Qwen's reading: with ``use_sliding_window``, the layers from ``max_window_layers`` on slide."""
+    slides, first = used["use_sliding_window"], used["max_window_layers"]
+    return layer_windows(used, used["sliding_window"] if slides else None, lambda layer: slides and layer >= first)
 
 
 def layer_windows(used: Mapping[str, Any], window: int | None, slides: Callable[[int], bool]) -> tuple[int | None, ...]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlora.nn.linear import Linear, project
-from jaxlora.nn.norm import RMSNorm
+from jaxlora.nn.norm import CentredRMSNorm, RMSNorm
 from jaxlora.nn.rope import Table, rotate
 from jaxlora.typing import Array, Float, Int
 from pallas_kernels.attention import attention
@@ -21,17 +21,38 @@ class Shared:
     """What every layer of a stack sees: the rotary table, the segments of each row and, in generation, where the cache is written.
 
     ``segments`` are (starts, lengths) [B, M]; ``backend`` names an attention backend ("auto" chooses). ``column`` is None in training; in
-    generation it is the cache column of each row's first query: 0 for a prompt, whose rows begin at column 0.
+    generation it is the cache column of each row's first query: 0 for a prompt, whose rows begin at column 0. Layers with a sliding window
+    turn by ``local_rope`` where there is one. ``reach`` lets tokens see ahead, as ``attention`` has it. ``deepstack`` are features
+    [N, P, F, D], one set for each of the first N layers, and where they belong, as ``features_at`` has it. ``vision`` is what
+    cross-attention layers attend to; without it they are skipped.
     """
 
     rope: Table
     segments: Segments
     backend: str = "auto"
     column: Int[Array, " B"] | None = None
+    local_rope: Table | None = None
+    reach: Int[Array, "B S"] | None = None
+    deepstack: tuple[Float[Array, "N P F D"], Int[Array, "B S"]] | None = None
+    vision: "Vision | None" = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    """Projected vision states of P data shards (None in generation after the prompt), and which of them each token sees.
+
+    Token (b, s) sees ``lengths[b, s]`` states of its shard from ``starts[b, s]`` on. 0: it sees no image, and cross-attention layers leave
+    it as it is. A negative length is transformers' rule for such a token: it attends to that many states, but the layer's MLP is left out.
+    """
+
+    states: Float[Array, "P V D"] | None
+    starts: Int[Array, "B S"]
+    lengths: Int[Array, "B S"]
 
 
 class Attention(nnx.Module):
-    """o(softmax(q kᵀ / sqrt(C)) v), causal inside each segment, optionally within a sliding window and with q/k norms."""
+    """o(softmax(cap(scale · q kᵀ)) v), causal inside each segment, optionally within a sliding window and with q/k norms."""
 
     def __init__(self, config: "AttentionConfig", *, window: int | None = None, dtype: Any = jnp.bfloat16):
         self.config = config
@@ -41,8 +62,9 @@ class Attention(nnx.Module):
         self.k_proj = Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias, dtype=dtype)
         self.v_proj = Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias, dtype=dtype)
         self.o_proj = Linear(c.heads * c.head_dim, c.hidden_size, bias=c.o_bias, dtype=dtype)
-        self.q_norm = nnx.data(RMSNorm(c.head_dim, eps=c.qk_norm_eps, dtype=dtype) if c.qk_norm_eps else None)
-        self.k_norm = nnx.data(RMSNorm(c.head_dim, eps=c.qk_norm_eps, dtype=dtype) if c.qk_norm_eps else None)
+        norm = CentredRMSNorm if c.centred_norms else RMSNorm
+        self.q_norm = nnx.data(norm(c.head_dim, eps=c.qk_norm_eps, dtype=dtype) if c.qk_norm_eps else None)
+        self.k_norm = nnx.data(norm(c.head_dim, eps=c.qk_norm_eps, dtype=dtype) if c.qk_norm_eps else None)
 
     def __call__(self, x: Float[Array, "B S D"], shared: Shared, layer: "LayerInputs") -> tuple[Float[Array, "B S D"], Any]:
         """Returns the output and, in generation, the updated (k, v) cache."""
@@ -54,20 +76,22 @@ class Attention(nnx.Module):
         q, k, v = (t.reshape(B, S, -1, c.head_dim) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, shared.rope), rotate(k, shared.rope)
+        table = shared.rope if self.window is None or shared.local_rope is None else shared.local_rope
+        q, k = rotate(q, table), rotate(k, table)
         cache = layer.cache
         if cache is not None and shared.column is not None:
             cache = tuple(_write(old, new, shared.column) for old, new in zip(cache, (k, v), strict=True))
         if cache is not None and S == 1:
-            y = _attend_cache(q, cache, shared, self.window)
+            y = _attend_cache(q, cache, shared, self.window, c)
         else:
-            y = attention(q, k, v, segments=shared.segments, causal=True, window=self.window, backend=shared.backend)
+            options = {"window": self.window, "scale": c.scale, "softcap": c.softcap, "backend": shared.backend}
+            y = attention(q, k, v, segments=shared.segments, causal=True, reach=shared.reach, **options)
         return self.o_proj(y.reshape(B, S, -1), None if keys is None else keys.get("o_proj")), cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Sizes of an attention layer; ``qk_norm_eps`` None means no q/k norms."""
+    """Sizes of an attention layer; ``qk_norm_eps`` None means no q/k norms, ``scale`` None head_dim^-½, ``softcap`` None no cap."""
 
     hidden_size: int
     heads: int
@@ -76,6 +100,9 @@ class AttentionConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm_eps: float | None = None
+    centred_norms: bool = False
+    scale: float | None = None
+    softcap: float | None = None
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -87,10 +114,11 @@ class AttentionConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    """What one layer gets of its own: dropout keys by Linear name, or its (k, v) cache [B, T, K, C]; None where unused."""
+    """What one layer gets of its own: dropout keys by Linear name, its (k, v) cache [B, T, K, C], its number; None where unused."""
 
     keys: dict[str, Any] | None = None
     cache: Any = None
+    number: Any = None
 
 
 def _write(cache: Float[Array, "B T K C"], new: Float[Array, "B S K C"], column: Int[Array, " B"]) -> Float[Array, "B T K C"]:
@@ -99,7 +127,9 @@ def _write(cache: Float[Array, "B T K C"], new: Float[Array, "B S K C"], column:
     return cache.at[jnp.arange(cache.shape[0]), column].set(new[:, 0].astype(cache.dtype))
 
 
-def _attend_cache(q: Float[Array, "B 1 H C"], cache: Any, shared: Shared, window: int | None) -> Float[Array, "B 1 H C"]:
+def _attend_cache(
+    q: Float[Array, "B 1 H C"], cache: Any, shared: Shared, window: int | None, config: AttentionConfig
+) -> Float[Array, "B 1 H C"]:
     """One query a row over the filled part of its (k, v) cache [B, T, K, C]; softmax in fp32."""
     k, v = cache
     B, _, H, C = q.shape
@@ -109,6 +139,9 @@ def _attend_cache(q: Float[Array, "B 1 H C"], cache: Any, shared: Shared, window
     if window is not None:
         visible &= columns > last - window
     grouped = q.reshape(B, K, H // K, C)
-    scores = jnp.einsum("bkgc,btkc->bkgt", grouped, k, preferred_element_type=jnp.float32) * C**-0.5
+    scores = jnp.einsum("bkgc,btkc->bkgt", grouped, k, preferred_element_type=jnp.float32)
+    scores *= C**-0.5 if config.scale is None else config.scale
+    if config.softcap is not None:
+        scores = config.softcap * jnp.tanh(scores / config.softcap)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bkgt,btkc->bkgc", weights.astype(v.dtype), v).reshape(B, 1, H, C)

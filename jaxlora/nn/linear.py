@@ -1,7 +1,7 @@
 """The one Linear, and the one custom VJP through which every adapted product goes."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +10,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from jaxlora.weights.base import AbstractWeight, abstract, contract_last, outer
+from jaxlora.weights.base import AbstractWeight, abstract, contract_last, input_gradient, outer
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 
+type Activation = Callable[..., Array]
 type Rates = tuple[float, ...]
+type How = tuple[Activation, Rates]
+type Inputs = tuple[Array, ...]
 type Weights = tuple[AbstractWeight, ...]
 type Loras = tuple[LoRA | None, ...]
 
@@ -61,19 +64,39 @@ def project(
     stored (packed) weights. dA and dB are returned in fp32. Dropout is applied where a Linear has a rate and ``keys`` are given (one
     a Linear; None where it has no rate); its mask is drawn again in the backward.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    return _project_from(_identity, linears, (x,), keys)
+
+
+def project_activated(
+    linear: Linear, act: Activation, inputs: Sequence[Float[Array, "*N I"]], key: PRNGKeyArray | None = None
+) -> Float[Array, "*N O"]:
+    """y = W h + s·B·A·h + bias of h = act(*inputs), an elementwise function: ``linear(act(*inputs), key)``.
+
+    Saved for the backward are the inputs, not h, which is computed again in the pass over them that makes their gradients.
+    """
+    return _project_from(act, (linear,), inputs, None if key is None else (key,))[0]
+
+
+def _project_from(act: Activation, linears: Sequence[Linear], inputs: Sequence[Array], keys: Any) -> tuple[Array, ...]:
+    leading = inputs[0].shape[:-1]
+    rows = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
     weights = tuple(_weight(linear) for linear in linears)
     loras = tuple(linear.lora for linear in linears)
+    keys = keys or (None,) * len(weights)
     rates = tuple(
-        linear.lora_dropout if keys is not None and lora is not None else 0.0 for linear, lora in zip(linears, loras, strict=True)
+        0.0 if key is None or lora is None else linear.lora_dropout for linear, lora, key in zip(linears, loras, keys, strict=True)
     )
-    used = tuple(key if rate else None for rate, key in zip(rates, keys or (None,) * len(rates), strict=True))
-    ys = _project(rates, rows, weights, loras, used)
+    used = tuple(key if rate else None for rate, key in zip(rates, keys, strict=True))
+    ys = _project((act, rates), rows, weights, loras, used)
     named = (checkpoint_name(y, "dot") for y in ys)
     biased = (
         y if linear.bias is None else y + linear.bias.get_value().astype(y.dtype)[None] for y, linear in zip(named, linears, strict=True)
     )
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in biased)
+    return tuple(y.reshape(*leading, y.shape[-1]) for y in biased)
+
+
+def _identity(x: Array) -> Array:
+    return x
 
 
 def _weight(linear: Linear) -> AbstractWeight:
@@ -82,17 +105,21 @@ def _weight(linear: Linear) -> AbstractWeight:
     return linear.weight.get_value()
 
 
-def _forward(rates: Rates, x: Array, weights: Weights, loras: Loras, keys: Any) -> tuple[Array, ...]:
+def _forward(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any) -> tuple[Array, ...]:
+    act, rates = how
+    x = act(*inputs)
     return _ys(x, weights, loras, _down(rates, x, loras, keys))
 
 
 _project = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
-def _project_fwd(rates: Rates, x: Array, weights: Weights, loras: Loras, keys: Any) -> tuple[tuple[Array, ...], Any]:
+def _project_fwd(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any) -> tuple[tuple[Array, ...], Any]:
+    act, rates = how
+    x = act(*inputs)
     # A few columns a Linear, for which the backward would read x once more.
     us = {i: checkpoint_name(u, "lora_u") for i, u in _down(rates, x, loras, keys).items()}
-    return _ys(x, weights, loras, us), (x, weights, loras, keys, us)
+    return _ys(x, weights, loras, us), (inputs, weights, loras, keys, us)
 
 
 def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
@@ -111,23 +138,23 @@ def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple
     return tuple(ys)
 
 
-def _project_bwd(rates: Rates, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
-    x, weights, loras, keys, us = residuals
+def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
+    act, rates = how
+    inputs, weights, loras, keys, us = residuals
+    x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     dus = {i: dys[i] @ _scaled(lora, dys[i].dtype) for i, lora in pairs.items()}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
-    dx = weights[0].matmul_t(dys[0], None if du is None else (du, _stacked_a(plain, x.dtype)))
-    for w, dy in zip(weights[1:], dys[1:], strict=True):
-        dx = dx + w.matmul_t(dy)
+    dx = input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, x.dtype)))
     das = {} if du is None else dict(zip(plain, _split(outer(du, x), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
     dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], dys[i], us[i]) for i, lora in enumerate(loras))
-    return dx, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None
+    return pull(dx), tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None
 
 
 _project.defvjp(_project_fwd, _project_bwd)

@@ -84,7 +84,7 @@ class Stack(nnx.Module):
         self.path = path
         self.depth = len(blocks)
         self.runs = layout([structure(block) for block in blocks])
-        for key in _keys(self.runs):
+        for key in self.keys:
             graphdef, states = _split_all([blocks[i] for i in range(*map(int, key.split(":")))])
             setattr(self, key, nnx.merge(graphdef, jax.tree.map(lambda *leaves: _stack_leaves(leaves), *states)))
         if len(self.runs) > MANY_RUNS:
@@ -107,49 +107,60 @@ class Stack(nnx.Module):
     ) -> tuple[Array, list[Array], Any]:
         """Runs the layers in order; returns (x, collected, per_layer_out).
 
-        ``shared`` is closed over; ``per_layer`` is a pytree whose leaves have a leading layer axis; ``collect`` names layers whose
-        *input* is returned (index ``depth``: the output). With ``checkpoint``, each block is recomputed in the backward, but for what
-        the policy ``remat`` saves (None: nothing but its input).
+        ``shared`` is closed over; ``per_layer`` is a pytree whose leaves have a leading layer axis, or, where layers differ in what they
+        get, a dict of one pytree for each of ``keys`` (and per_layer_out is such a dict). ``collect`` names layers whose *input* is
+        returned (index ``depth``: the output). With ``checkpoint``, each block is recomputed in the backward, but for what the policy
+        ``remat`` saves (None: nothing but its input).
         """
         inputs: dict[int, Array] = {}
         outs: list[tuple[Sequence[int], Any]] = []
         for run in self.runs:
-            x, states, run_outs = self._run(run, x, shared, per_layer, any(run.start <= i < run.stop for i in collect), remat, checkpoint)
-            for position, key in enumerate(run.keys):
-                layers = range(*map(int, key.split(":")))
-                outs.append((layers, run_outs[position]))
-                if states is not None:
-                    inputs.update({layer: states[position][i] for i, layer in enumerate(layers) if layer in collect})
+            wanted = sorted({i for i in collect if run.start <= i < run.stop})
+            x, states, run_outs = self._run(run, x, shared, per_layer, wanted, remat, checkpoint)
+            outs += [(range(*map(int, key.split(":"))), out) for key, out in zip(run.keys, run_outs, strict=True)]
+            inputs.update({layer: states[i] for i, layer in enumerate(wanted)})
         if self.depth in collect:
             inputs[self.depth] = x
-        return x, [inputs[i] for i in collect], _in_layer_order(outs)
+        by_key = dict(zip(self.keys, (out for _, out in outs), strict=True))
+        return x, [inputs[i] for i in collect], by_key if isinstance(per_layer, dict) else _in_layer_order(outs)
+
+    @property
+    def keys(self) -> list[str]:
+        """``start:stop:step`` of each set of layers that are stacked together."""
+        return list(itertools.chain.from_iterable(run.keys for run in self.runs))
 
     def _run(
-        self, run: Run, x: Array, shared: Any, per_layer: Any, collecting: bool, remat: Remat, checkpoint: bool
+        self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], remat: Remat, checkpoint: bool
     ) -> tuple[Array, Any, Any]:
+        """(x, the inputs of the ``wanted`` layers on a first axis, what each position's layers returned)."""
         splits = [nnx.split(getattr(self, key)) for key in run.keys]
-        extras = [jax.tree.map(lambda a, k=key: a[slice(*map(int, k.split(":")))], per_layer) for key in run.keys]
+        extras = [_of_layers(per_layer, key) for key in run.keys]
 
-        def block(position: int) -> Callable[..., Any]:
+        def block(graphdef: Any) -> Callable[..., Any]:
             def call(state: Any, x: Array, extra: Any) -> Any:
                 # Named inside the recomputed function: an offloaded scan carry would silently stay on the device.
                 x = checkpoint_name(x, "block_input")
-                return nnx.merge(splits[position][0], state)(x, shared, extra)
+                return nnx.merge(graphdef, state)(x, shared, extra)
 
-            return jax.checkpoint(call, policy=remat, prevent_cse=False) if checkpoint else call
+            whole = jax.checkpoint(call, policy=remat, prevent_cse=False) if checkpoint else call
+            # Layers of one structure in a period are traced and lowered once: as calls of one function.
+            return jax.jit(whole) if sum(graphdef == other for other, _ in splits) > 1 else whole
 
-        calls = [block(position) for position in range(run.period)]
+        made = {graphdef: block(graphdef) for graphdef, _ in splits}
+        calls = [made[graphdef] for graphdef, _ in splits]
 
-        def body(x: Array, xs: Any) -> Any:
-            seen, results = [], []
-            for call, (state, extra) in zip(calls, xs, strict=True):
-                seen.append(x)
+        def body(carry: Any, xs: Any) -> Any:
+            (x, states), results = carry, []
+            for call, (state, extra, slot) in zip(calls, xs, strict=True):
+                # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
+                states = states.at[slot].set(x, mode="drop") if wanted else states
                 x, out = call(state, x, extra)
                 results.append(out)
-            return x, (seen if collecting else None, results)
+            return (x, states), results
 
-        xs = [(split[1], extra) for split, extra in zip(splits, extras, strict=True)]
-        x, (states, results) = jax.lax.scan(body, x, xs)
+        slots = [jnp.array([(*wanted, i).index(i) for i in range(*map(int, key.split(":")))]) if wanted else None for key in run.keys]
+        xs = [(split[1], extra, slot) for split, extra, slot in zip(splits, extras, slots, strict=True)]
+        (x, states), results = jax.lax.scan(body, (x, jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None), xs)
         return x, states, results
 
     def regroup(self, edit: Callable[[int, nnx.Module], None]) -> "Stack":
@@ -163,7 +174,7 @@ class Stack(nnx.Module):
             edit(i, block)
         new = Stack(blocks, path=self.path)
         old = flatten_leaves(nnx.to_pure_dict(nnx.state(self)))
-        for key in _keys(self.runs):
+        for key in self.keys:
             delattr(self, key)
         filled = nnx.to_pure_dict(nnx.state(new))
         where = {path: (stacked, i) for stacked in old for i, path in enumerate(expand(stacked))}
@@ -199,7 +210,7 @@ class Stack(nnx.Module):
         return {name: jnp.stack([found.get(str(i), key) for i in range(self.depth)]) for name, found in keys.items()}
 
     def _abstract_block(self, layer: int) -> nnx.Module:
-        key = next(k for k in _keys(self.runs) if layer in range(*map(int, k.split(":"))))
+        key = next(k for k in self.keys if layer in range(*map(int, k.split(":"))))
         graphdef, state = nnx.split(getattr(self, key))
         return nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state))
 
@@ -313,10 +324,6 @@ def _put(tree: dict[Any, Any], path: str, value: Any, *, create: bool = False) -
     tree[last] = value
 
 
-def _keys(runs: Sequence[Run]) -> list[str]:
-    return list(itertools.chain.from_iterable(run.keys for run in runs))
-
-
 def _split_all(blocks: Sequence[nnx.Module]) -> tuple[Any, list[Any]]:
     splits = [nnx.split(block) for block in blocks]
     return splits[0][0], [state for _, state in splits]
@@ -330,6 +337,11 @@ def _stack_leaves(leaves: Sequence[Any]) -> Any:
 
 def _take(leaf: Any, i: int) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[i]
+
+
+def _of_layers(per_layer: Any, key: str) -> Any:
+    """What the layers of a key get."""
+    return per_layer[key] if isinstance(per_layer, dict) else jax.tree.map(lambda a: a[slice(*map(int, key.split(":")))], per_layer)
 
 
 def _in_layer_order(outs: list[tuple[Sequence[int], Any]]) -> Any:

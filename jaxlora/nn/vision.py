@@ -1,30 +1,38 @@
-"""Qwen2-VL's vision tower: patches in merge-block order to features for the text model, and their fusion with the tokens."""
+"""The Qwen-VL family's vision towers: patches in merge-block order to features for the text model, and their fusion with the tokens."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from conversion.hf_config import Rope
+from jaxlora.data.batches import Batch
 from jaxlora.errors import raise_all
 from jaxlora.nn import rope
-from jaxlora.nn.attention import LayerInputs, Segments, Shared
+from jaxlora.nn.attention import LayerInputs, Shared
 from jaxlora.nn.decoder import Execution
-from jaxlora.nn.linear import Linear
-from jaxlora.nn.mlp import PlainMLP, gelu, quick_gelu
-from jaxlora.nn.norm import LayerNorm
+from jaxlora.nn.embed import features_at
+from jaxlora.nn.linear import Linear, project_activated
+from jaxlora.nn.mlp import gelu
 from jaxlora.nn.stack import Stack, fold_path
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import abstract, contract_last
 from pallas_kernels.attention import attention
 
+# Makes a module from its sizes, as a class or with arguments bound.
+type Build = Callable[..., Any]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A tower's sizes. ``embed_dim`` is its own width, ``out_features`` the text model's (``hidden_size`` in Qwen2-VL's file)."""
+    """A tower's sizes. ``embed_dim`` is its own width, ``out_features`` the text model's (``hidden_size`` in Qwen2-VL's file).
+
+    ``window`` is the side of an attention window in merged cells (None: no block has windows), ``full_blocks`` the blocks that attend to
+    the whole frame all the same. ``tokens_per_second`` spaces a video's frames in time (None: by one position). ``position_side`` is the
+    side of a square table of learned positions. After each of ``deepstack_blocks`` features leave the tower.
+    """
 
     depth: int
     embed_dim: int
@@ -36,10 +44,17 @@ class VisionConfig:
     temporal_patch_size: int
     spatial_merge_size: int
     rope_theta: float = 1e4
-    layer_norm_eps: float = 1e-6
+    norm_eps: float = 1e-6
+    window: int | None = None
+    full_blocks: tuple[int, ...] = ()
+    tokens_per_second: float | None = None
+    patch_bias: bool = False
+    position_side: int | None = None
+    deepstack_blocks: tuple[int, ...] = ()
 
     def __post_init__(self):
-        faults = []
+        named = (*self.full_blocks, *self.deepstack_blocks)
+        faults = [f"block {i} is named, but there are {self.depth} blocks" for i in named if not 0 <= i < self.depth]
         if self.embed_dim % self.num_heads:
             faults.append(f"embed_dim={self.embed_dim} must be a multiple of num_heads={self.num_heads}")
         elif self.head_dim % 4:
@@ -63,59 +78,71 @@ class VisionConfig:
 
 
 class PatchProjection(nnx.Module):
-    """y = W x for flattened patches, with the weight [O, channels, frames, height, width] as it is on disk.
+    """y = W x + b for flattened patches, with the weight [O, channels, frames, height, width] as it is on disk.
 
     No ``Linear``: it is never adapted and never quantised.
     """
 
-    def __init__(self, patch_shape: tuple[int, ...], features: int, *, dtype: Any):
+    def __init__(self, patch_shape: tuple[int, ...], features: int, *, bias: bool = False, dtype: Any):
         self.weight: nnx.Param[Any] = nnx.Param(abstract((features, *patch_shape), dtype))
+        self.bias: Any = nnx.data(nnx.Param(abstract((features,), dtype)) if bias else None)
 
     def __call__(self, patches: Float[Array, "P W E"]) -> Float[Array, "P W D"]:
         """A convolution whose stride is its kernel is one product a patch."""
         weight = self.weight.get_value()
         rows = patches.reshape(-1, patches.shape[-1])
-        return contract_last(rows, weight.reshape(weight.shape[0], -1).astype(patches.dtype)).reshape(*patches.shape[:-1], -1)
+        y = contract_last(rows, weight.reshape(weight.shape[0], -1).astype(patches.dtype)).reshape(*patches.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)[None, None]
 
 
 class PatchEmbed(nnx.Module):
     """The projection under its path ``proj``."""
 
     def __init__(self, config: VisionConfig, *, dtype: Any):
-        self.proj = PatchProjection(config.patch_shape, config.embed_dim, dtype=dtype)
+        self.proj = PatchProjection(config.patch_shape, config.embed_dim, bias=config.patch_bias, dtype=dtype)
 
     def __call__(self, patches: Float[Array, "P W E"]) -> Float[Array, "P W D"]:
         """Embeds flattened patches."""
         return self.proj(patches)
 
 
-class VisionAttention(nnx.Module):
-    """Full attention inside each segment (a frame), q, k and v from one Linear; rotated in fp32."""
+@dataclasses.dataclass(frozen=True)
+class VisionShared(Shared):
+    """What every block sees: ``segments`` are the frames; ``windows`` (starts, lengths) [P, K] cut them further."""
 
-    def __init__(self, config: VisionConfig, *, dtype: Any):
+    windows: tuple[Int[Array, "P K"], Int[Array, "P K"]] | None = None
+
+
+class VisionAttention(nnx.Module):
+    """Full attention inside each frame, or inside each window; q, k and v from one Linear; rotated in fp32."""
+
+    def __init__(self, config: VisionConfig, *, windowed: bool = False, dtype: Any):
         self.heads = config.num_heads
+        self.windowed = windowed
         self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, bias=True, dtype=dtype)
         self.proj = Linear(config.embed_dim, config.embed_dim, bias=True, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "P W D"], shared: Shared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "P W D"]:
+    def __call__(self, x: Float[Array, "P W D"], shared: VisionShared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "P W D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
         P, W, _ = x.shape
         qkv = self.qkv(x, keys.get("qkv")).reshape(P, W, 3, self.heads, -1)
         q, k = (rope.rotate(qkv[:, :, i], shared.rope) for i in (0, 1))
-        y = attention(q, k, qkv[:, :, 2], segments=shared.segments, causal=False, backend=shared.backend)
+        segments = shared.windows if self.windowed else shared.segments
+        assert segments is not None
+        y = attention(q, k, qkv[:, :, 2], segments=segments, causal=False, backend=shared.backend)
         return self.proj(y.reshape(P, W, -1), keys.get("proj"))
 
 
 class VisionBlock(nnx.Module):
-    """x += attn(norm1(x)); x += mlp(norm2(x))."""
+    """x += attn(norm1(x)); x += mlp(norm2(x)); ``norm`` and ``mlp`` make the architecture's own."""
 
-    def __init__(self, config: VisionConfig, *, dtype: Any):
-        self.norm1 = LayerNorm(config.embed_dim, eps=config.layer_norm_eps, dtype=dtype)
-        self.norm2 = LayerNorm(config.embed_dim, eps=config.layer_norm_eps, dtype=dtype)
-        self.attn = VisionAttention(config, dtype=dtype)
-        self.mlp = PlainMLP(config.embed_dim, config.mlp_dim, activation=quick_gelu, dtype=dtype)
+    def __init__(self, config: VisionConfig, *, norm: Build, mlp: Build, windowed: bool = False, dtype: Any):
+        self.norm1 = norm(config.embed_dim, eps=config.norm_eps, dtype=dtype)
+        self.norm2 = norm(config.embed_dim, eps=config.norm_eps, dtype=dtype)
+        self.attn = VisionAttention(config, windowed=windowed, dtype=dtype)
+        self.mlp = mlp(config.embed_dim, config.mlp_dim, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "P W D"], shared: Shared, layer: LayerInputs) -> tuple[Float[Array, "P W D"], None]:
+    def __call__(self, x: Float[Array, "P W D"], shared: VisionShared, layer: LayerInputs) -> tuple[Float[Array, "P W D"], None]:
         """Returns the state; a block has no output of its own."""
         keys = layer.keys or {}
         x = x + self.attn(self.norm1(x), shared, keys)
@@ -125,11 +152,11 @@ class VisionBlock(nnx.Module):
 class PatchMerger(nnx.Module):
     """W₂ gelu(W₀ [ln(x_1) … ln(x_m²)]): one feature of the m² neighbours of a merge block, which are consecutive rows."""
 
-    def __init__(self, config: VisionConfig, *, path: str, dtype: Any):
+    def __init__(self, config: VisionConfig, *, norm: Build, path: str, dtype: Any):
         self.path = path
         self.merged = config.merged
         width = config.embed_dim * config.merged
-        self.ln_q = LayerNorm(config.embed_dim, eps=config.layer_norm_eps, dtype=dtype)
+        self.ln_q = norm(config.embed_dim, eps=config.norm_eps, dtype=dtype)
         # The activation has a place of its own, so that the Linears are 0 and 2 as in the checkpoints.
         layers = (Linear(width, width, bias=True, dtype=dtype), gelu, Linear(width, config.out_features, bias=True, dtype=dtype))
         self.mlp: nnx.List[Any] = nnx.List(layers)
@@ -140,39 +167,59 @@ class PatchMerger(nnx.Module):
         first, activation, last = self.mlp
         keys = [None if key is None else fold_path(key, f"{self.path}.mlp.{i}") for i in (0, 2)]
         h = first(self.ln_q(x).reshape(P, W // self.merged, -1), keys[0])
-        return last(activation(h.astype(jnp.float32)).astype(h.dtype), keys[1])
+        return project_activated(last, activation, (h,), keys[1])
 
 
 class VisionTower(nnx.Module):
     """Patch embedding, blocks with two-dimensional rotary positions, merger."""
 
-    def __init__(self, config: VisionConfig, *, path: str, dtype: Any):
+    def __init__(self, config: VisionConfig, *, norm: Build, mlp: Build, path: str, dtype: Any):
         self.config = config
         self.patch_embed = PatchEmbed(config, dtype=dtype)
-        self.blocks = Stack([VisionBlock(config, dtype=dtype) for _ in range(config.depth)], path=f"{path}.blocks")
-        self.merger = PatchMerger(config, path=f"{path}.merger", dtype=dtype)
+        self.blocks = Stack(blocks(config, norm=norm, mlp=mlp, dtype=dtype), path=f"{path}.blocks")
+        self.merger = PatchMerger(config, norm=norm, path=f"{path}.merger", dtype=dtype)
 
-    def __call__(
-        self, patches: Float[Array, "P W E"], positions: Int[Array, "P W 2"], segments: Segments, execution: Execution
-    ) -> Float[Array, "P F O"]:
-        """Patches (in the dtype to compute in) of P data shards to their features, F = W / m².
+    def __call__(self, batch: Batch, execution: Execution, dtype: Any) -> tuple[Float[Array, "P F O"], None]:
+        """The batch's patches of P data shards to their features, F = W / m², computed in ``dtype``; and no features for single layers.
 
-        ``positions`` are (row, column), ``segments`` the frames, (starts, lengths) [P, N] in patches. A patch in no segment is
-        padding: it changes no other patch's feature.
+        A patch in no segment is padding: it changes no other patch's feature.
 
         Raises:
           ValueError: W is no multiple of m².
         """
-        if patches.shape[1] % self.config.merged:
-            raise ValueError(
-                f"room for {patches.shape[1]} patches a shard, which is no multiple of the {self.config.merged} in one feature"
-            )
-        inverse = rope.frequencies(self.config.head_dim // 2, Rope(theta=self.config.rope_theta))
-        shared = Shared(rope.axial_table(positions, inverse, jnp.float32), segments, execution.attention)
-        key = execution.dropout_key
-        layers = LayerInputs(keys=None if key is None else self.blocks.dropout_keys(key))
-        x, _, _ = self.blocks(self.patch_embed(patches), shared, layers, remat=execution.remat, checkpoint=execution.checkpoint)
-        return self.merger(x, key)
+        x, _ = run_blocks(self.config, self.blocks, self.embed(batch, dtype), batch, execution)
+        return self.merger(x, execution.dropout_key), None
+
+    def embed(self, batch: Batch, dtype: Any) -> Float[Array, "P W D"]:
+        """What the first block gets."""
+        return self.patch_embed(batch.patches.astype(dtype))
+
+
+def blocks(config: VisionConfig, *, norm: Build, mlp: Build, dtype: Any) -> list[VisionBlock]:
+    """A tower's blocks, windowed where the config says so."""
+    windowed = [config.window is not None and i not in config.full_blocks for i in range(config.depth)]
+    return [VisionBlock(config, norm=norm, mlp=mlp, windowed=windows, dtype=dtype) for windows in windowed]
+
+
+def run_blocks(
+    config: VisionConfig, stack: Stack, x: Float[Array, "P W D"], batch: Batch, execution: Execution, *, collect: Sequence[int] = ()
+) -> tuple[Float[Array, "P W D"], list[Array]]:
+    """Embedded patches through the blocks; ``collect`` as ``Stack`` has it.
+
+    Raises:
+      ValueError: W is no multiple of m².
+    """
+    if x.shape[1] % config.merged:
+        raise ValueError(f"room for {x.shape[1]} patches a shard, which is no multiple of the {config.merged} in one feature")
+    inverse = rope.frequencies(config.head_dim // 2, Rope(theta=config.rope_theta))
+    frames = (batch.patch_segment_starts, batch.patch_segment_lengths)
+    windows = None if config.window is None else (batch.patch_window_starts, batch.patch_window_lengths)
+    table = rope.axial_table(batch.patch_positions, inverse, jnp.float32)
+    shared = VisionShared(table, frames, execution.attention, windows=windows)
+    key = execution.dropout_key
+    layers = LayerInputs(keys=None if key is None else stack.dropout_keys(key))
+    x, collected, _ = stack(x, shared, layers, collect=collect, remat=execution.remat, checkpoint=execution.checkpoint)
+    return x, collected
 
 
 def fuse(tokens: Float[Array, "B S D"], features: Float[Array, "P F D"], index: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -181,6 +228,4 @@ def fuse(tokens: Float[Array, "B S D"], features: Float[Array, "P F D"], index: 
     >>> fuse(jnp.zeros((1, 3, 1)), jnp.array([[[5.0], [7.0]]]), jnp.array([[-1, 1, 0]])).ravel().tolist()
     [0.0, 7.0, 5.0]
     """
-    P = features.shape[0]
-    rows = jax.vmap(lambda own, at: jnp.take(own, at, axis=0, mode="clip"))(features, index.reshape(P, -1))
-    return jnp.where(index[..., None] >= 0, rows.reshape(tokens.shape).astype(tokens.dtype), tokens)
+    return jnp.where(index[..., None] >= 0, features_at(index, features).astype(tokens.dtype), tokens)

@@ -21,6 +21,7 @@ from jaxlora.recipes import report
 from jaxlora.recipes.digits import Scans, as_written, inverted_and_turned, load_scans, question, row
 from jaxlora.recipes.report import Answers, Result
 from jaxlora.recipes.small_qwen2_vl import write_checkpoint
+from jaxlora.train.meters import shows_bars
 from jaxlora.typing import Int
 
 # fp32 on every device: the merged weights then differ from base and adapter by fp32 rounding alone, and answers can be compared.
@@ -205,7 +206,7 @@ class _Quickstart:
 def ask(model: Model, processor: Any, images: Sequence[Image.Image], words: Sequence[str]) -> Answers:
     """Greedy answers of at most three tokens to the question about each image, and how many are the right word."""
     tokens, texts = [], []
-    for at in track(range(0, len(images), _QUESTIONS_AT_ONCE), description="answering", transient=True):
+    for at in track(range(0, len(images), _QUESTIONS_AT_ONCE), description="answering", transient=True, disable=not shows_bars()):
         some = images[at : at + _QUESTIONS_AT_ONCE]
         prompts = [processor.apply_chat_template([question(image)], add_generation_prompt=True) for image in some]
         inputs = processor(images=some, text=prompts, padding=True)

@@ -1,12 +1,13 @@
 """What every storage format of a Linear's weight can do."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora.typing import Array, Float
+from jaxlora.typing import Array, Float, UInt32
 
 type LowRank = tuple[Array, Array]
 
@@ -36,31 +37,69 @@ class AbstractWeight(abc.ABC):
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> "AbstractWeight | None":
         """The gradient of ``sum(dy * matmul(x))`` as a leaf of the same structure; None where ``trainable`` is False."""
 
+    def words(self) -> UInt32[Array, "O half"] | None:
+        """The decoded weight's bf16 columns in pairs, as `pair` packs them; None where this leaf is not decoded so."""
+        return None
+
+    def above(self, others: Sequence["AbstractWeight"]) -> "AbstractWeight | None":
+        """One leaf that stores this weight and, below it, the others; None where the format cannot say that."""
+        return None
+
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ, plus u @ bᵀ where an update (u [N, R], b [O, R]) is given; in x's dtype. A format may fuse the two."""
-        w = self.dequantise().astype(x.dtype)
         if update is None:
-            return contract_last(x, w)
+            return contract_last(x, self.dequantise().astype(x.dtype))
         u, b = update
-        if _one_product(x, u) and w.shape[0] > w.shape[1]:
-            return contract_last(jnp.concatenate([x, u], axis=1), jnp.concatenate([w, b], axis=1))
-        return contract_last(x, w) + contract_last(u, b)
+        if self.shape[0] >= self.shape[1] and one_product(x, u):
+            return contract_last(jnp.concatenate([x, u], axis=1), stacked((self,), x.dtype, right=b))
+        return contract_last(x, self.dequantise().astype(x.dtype)) + contract_last(u, b)
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W, plus u @ a where an update (u [N, R], a [R, I]) is given; in dy's dtype. This is the input's gradient."""
-        # Without the barrier XLA decodes the weight again in every tile of the product.
-        w = jax.lax.optimization_barrier(self.dequantise().astype(dy.dtype))
-        if update is None:
-            return contract_first(dy, w)
-        u, a = update
-        if _one_product(dy, u) and w.shape[1] > w.shape[0]:
-            return contract_first(jnp.concatenate([dy, u], axis=1), jnp.concatenate([w, a], axis=0))
-        return contract_first(dy, w) + contract_first(u, a)
+        if update is not None and self.shape[1] >= self.shape[0] and one_product(dy, update[0]):
+            return contract_first(jnp.concatenate([dy, update[0]], axis=1), stacked((self,), dy.dtype, below=update[1]))
+        dx = contract_first(dy, stacked((self,), dy.dtype))
+        return dx if update is None else dx + contract_first(*update)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored arrays, stacked axis included."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+def input_gradient(
+    weights: Sequence[AbstractWeight], dys: Sequence[Float[Array, "N _"]], update: LowRank | None = None
+) -> Float[Array, "N I"]:
+    """Σ dy_i @ W_i, plus u @ a where an update (u [N, R], a [R, I]) is given: the gradient of the input that the weights share.
+
+    Where the outputs are not much wider than the input, they are one product: copying the dy costs less than adding up the dx.
+    """
+    rows, features = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    if len(weights) > 1 and rows <= 2 * features and all(one_product(dy, dy if update is None else update[0]) for dy in dys):
+        u, a = ([], None) if update is None else ([update[0]], update[1])
+        return contract_first(jnp.concatenate([*dys, *u], axis=1), stacked(weights, dys[0].dtype, below=a))
+    dx = weights[0].matmul_t(dys[0], update)
+    for w, dy in zip(weights[1:], dys[1:], strict=True):
+        dx = dx + w.matmul_t(dy)
+    return dx
+
+
+def stacked(
+    weights: Sequence[AbstractWeight], dtype: Any, *, right: Float[Array, "O R"] | None = None, below: Float[Array, "R I"] | None = None
+) -> Float[Array, "rows columns"]:
+    """The decoded weights on top of each other, with more columns to the right or more rows below, written in one pass."""
+    # One decoding of joined codes: XLA would write the decoded parts with a branch for each element.
+    joined = weights[0].above(weights[1:]) if len(weights) > 1 else None
+    weights = weights if joined is None else (joined,)
+    words = [w.words() if jnp.dtype(dtype) == jnp.bfloat16 else None for w in weights]
+    paired = [part for part in words if part is not None]
+    if len(paired) == len(weights):
+        parts, pack, unpack = paired, pair_columns, unpair
+    else:
+        # The barrier: XLA would decode the weight again in every tile of the product.
+        parts, pack, unpack = [w.dequantise().astype(dtype) for w in weights], lambda x: x, jax.lax.optimization_barrier
+    array = jnp.concatenate([*parts, *([] if below is None else [pack(below.astype(dtype))])])
+    return unpack(array if right is None else jnp.concatenate([array, pack(right.astype(dtype))], axis=1))
 
 
 def contract_last(x: Float[Array, "N I"], w: Float[Array, "O I"]) -> Float[Array, "N O"]:
@@ -79,16 +118,29 @@ def outer(dy: Float[Array, "N O"], x: Float[Array, "N I"]) -> Float[Array, "O I"
 
 
 def interleave(even: Float[Array, "O half"], odd: Float[Array, "O half"], dtype: Any) -> Float[Array, "O I"]:
-    """Columns even[:, 0], odd[:, 0], even[:, 1], …, rounded to ``dtype``.
+    """Columns even[:, 0], odd[:, 0], even[:, 1], …, rounded to ``dtype``; bf16 by way of 32-bit words."""
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return unpair(pair(even, odd))
+    return jnp.stack([even, odd], axis=-1).reshape(even.shape[0], -1).astype(dtype)
 
-    A bf16 pair is written as one 32-bit word: a kernel that writes single 16-bit columns reaches half the memory bandwidth (H200: 1.9
-    against 3.4 TB/s). The barrier keeps XLA from going back to single columns.
+
+def pair(even: Float[Array, "O half"], odd: Float[Array, "O half"]) -> UInt32[Array, "O half"]:
+    """Two bf16 columns a 32-bit word, the even one in the low half.
+
+    A kernel that writes single 16-bit columns reaches half the memory bandwidth (H200: 1.9 against 3.4 TB/s).
     """
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return jnp.stack([even, odd], axis=-1).reshape(even.shape[0], -1).astype(dtype)
     low, high = (jax.lax.bitcast_convert_type(half.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for half in (even, odd))
-    words = jax.lax.optimization_barrier(low | (high << 16))
-    return jax.lax.bitcast_convert_type(words, jnp.bfloat16).reshape(even.shape[0], -1)
+    return low | (high << 16)
+
+
+def pair_columns(x: Float[Array, "O I"]) -> UInt32[Array, "O half"]:
+    """The columns of a bf16 array in pairs, as ``pair`` packs them."""
+    return jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.uint32)
+
+
+def unpair(words: UInt32[Array, "O half"]) -> Float[Array, "O I"]:
+    """The bf16 columns that ``pair`` packed. The barrier keeps XLA from going back to single columns, or into the product."""
+    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(words), jnp.bfloat16).reshape(words.shape[0], -1)
 
 
 def repeat_each(x: Float[Array, "*rows N"], times: int) -> Float[Array, "*rows M"]:
@@ -96,7 +148,7 @@ def repeat_each(x: Float[Array, "*rows N"], times: int) -> Float[Array, "*rows M
     return jnp.broadcast_to(x[..., None], (*x.shape, times)).reshape(*x.shape[:-1], x.shape[-1] * times)
 
 
-def _one_product(x: Float[Array, "N I"], u: Float[Array, "N R"]) -> bool:
+def one_product(x: Float[Array, "N I"], u: Float[Array, "N R"]) -> bool:
     """Whether x and u are contracted together: on a GPU, copying a narrow x costs less than writing and reading a wide update.
 
     Not on a CPU, where it only changes the order of the sum, nor at ranks that leave no aligned rows.

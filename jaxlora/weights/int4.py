@@ -1,13 +1,14 @@
 """Symmetric int4 in groups of 64 along the input axis, with the scale that minimises each group's squared error."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora.typing import Array, Float, Int, UInt8
-from jaxlora.weights.base import AbstractWeight, LowRank, abstract, interleave, repeat_each
+from jaxlora.typing import Array, Float, Int, UInt8, UInt32
+from jaxlora.weights.base import AbstractWeight, LowRank, abstract, interleave, pair, repeat_each
 from jaxlora.weights.dense import Dense
 
 GROUP = 64
@@ -77,17 +78,37 @@ class Int4(AbstractWeight):
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""
 
+    def words(self) -> UInt32[Array, "O half"] | None:
+        """Two bf16 columns a word, where no padding is to be cut off."""
+        return pair(*self._columns()) if self.dtype == "bfloat16" and self.in_features % GROUP == 0 else None
+
+    def above(self, others: Sequence[AbstractWeight]) -> "Int4 | None":
+        """The codes and scales on top of each other."""
+        alike = [
+            other for other in others if isinstance(other, Int4) and (other.in_features, other.dtype) == (self.in_features, self.dtype)
+        ]
+        if len(alike) < len(others):
+            return None
+        codes, scales = (jnp.concatenate(parts) for parts in zip(*((w.codes, w.scales) for w in (self, *alike)), strict=True))
+        return dataclasses.replace(self, codes=jax.lax.optimization_barrier(codes), scales=scales)
+
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ (+ u @ bᵀ); x is zero-padded to the stored width, which is cheaper than cutting the weight."""
+        if self.in_features % GROUP == 0:
+            return super().matmul(x, update)
         return Dense(self._padded()).matmul(_pad(x, GROUP), update)
 
     def _padded(self) -> Float[Array, "O I"]:
+        return interleave(*self._columns(), self.dtype)
+
+    def _columns(self) -> tuple[Float[Array, "O half"], Float[Array, "O half"]]:
+        """The even and the odd columns in fp32."""
         # Shifting left first moves the sign bit of a nibble to the top.
         nibbles = (jax.lax.shift_left(self.codes, jnp.uint8(4)), self.codes)
         even, odd = (jax.lax.shift_right_arithmetic(n.astype(jnp.int8), jnp.int8(4)) for n in nibbles)
         scales = repeat_each(self.scales.astype(jnp.float32), GROUP // 2)
-        # The product of a 4-bit and a bf16 number is exact in fp32, so this rounds once whatever the dtype.
-        return interleave(even.astype(jnp.float32) * scales, odd.astype(jnp.float32) * scales, self.dtype)
+        # The product of a 4-bit and a bf16 number is exact in fp32, so it is rounded once whatever the dtype.
+        return even.astype(jnp.float32) * scales, odd.astype(jnp.float32) * scales
 
 
 def _pad(x: Array, multiple: int) -> Array:

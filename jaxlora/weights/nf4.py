@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from conversion.formats import bnb
-from jaxlora.typing import Array, Float, UInt8
-from jaxlora.weights.base import AbstractWeight, abstract, interleave, repeat_each
+from jaxlora.typing import Array, Float, UInt8, UInt32
+from jaxlora.weights.base import AbstractWeight, abstract, interleave, pair, repeat_each
 
 BLOCK, NESTED_BLOCK = 64, 256
 
@@ -112,19 +112,29 @@ class NF4(AbstractWeight):
 
     def dequantise(self) -> Float[Array, "O I"]:
         """code_book[code] · absmax, rounded once to ``dtype``."""
-        out, features = self.features
-        halves = (self.code_book[self.codes & 15], self.code_book[self.codes >> 4])
         if self.in_rows:
-            scales = repeat_each(self._scales(), BLOCK // 2)
-            even, odd = (half * scales for half in halves)
-            return interleave(even, odd, self.dtype)
+            return interleave(*self._columns(), self.dtype)
+        out, features = self.features
         n = out * features
-        values = jnp.stack(halves, axis=-1).reshape(-1)[:n]
+        values = jnp.stack(self._halves(), axis=-1).reshape(-1)[:n]
         scales = repeat_each(self._scales(), self.blocksize)
         return (values * scales[:n]).reshape(out, features).astype(self.dtype)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""
+
+    def words(self) -> UInt32[Array, "O half"] | None:
+        """Two bf16 columns a word, where blocks end at row ends."""
+        return pair(*self._columns()) if self.dtype == "bfloat16" and self.in_rows else None
+
+    def _columns(self) -> tuple[Float[Array, "O half"], Float[Array, "O half"]]:
+        """The even and the odd columns in fp32."""
+        scales = repeat_each(self._scales(), BLOCK // 2)
+        even, odd = self._halves()
+        return even * scales, odd * scales
+
+    def _halves(self) -> tuple[Array, Array]:
+        return self.code_book[self.codes & 15], self.code_book[self.codes >> 4]
 
     def _scales(self) -> Array:
         if self.nested is None:

@@ -16,12 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _kernel
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.spec import KeyValue, Query, Segments, Spec, key_ranges
+from pallas_kernels.attention.spec import Covering, Intervals, KeyValue, Query, Reach, Segments, Spec, key_ranges
 
 _WIDEST_HEAD = 256
 
 
-def refuses(spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None) -> str | None:
+def refuses(
+    spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None, reach: Reach, segments: Segments | None = None
+) -> str | None:
     """Why cuDNN cannot run this call here, or None."""
     if not jax.__version__.startswith("0.11."):
         return f"the private binding was read for jax 0.11, this is {jax.__version__}"
@@ -33,13 +35,17 @@ def refuses(spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None)
         return "has no soft-cap"
     if sinks is not None:
         return "has no sinks"
+    if reach is not None:
+        return "has no mask that lets some tokens see ahead"
+    if isinstance(segments, Intervals):
+        return "has no interval of keys for each query"
     if spec.window is not None:
         return "a window together with packed offsets was never shown to be right"
     return _kernel.device().lacks((9, 0))
 
 
 def attention_forward(
-    spec: Spec, q: Query, k: KeyValue, v: KeyValue, sinks: None, segments: Segments
+    spec: Spec, q: Query, k: KeyValue, v: KeyValue, sinks: None, segments: Segments, reach: None = None
 ) -> tuple[Float[Array, "B S H C"], Float[Array, "N H S"]]:
     """The output in q's dtype, and cuDNN's f32 softmax statistics, one row a segment (N = B * M), for `attention_backward` only."""
     arguments, options = _packed(spec, q, k, v, segments)
@@ -56,6 +62,7 @@ def attention_backward(
     segments: Segments,
     saved: tuple[Float[Array, "B S H C"], Float[Array, "N H S"]],
     dout: Query,
+    reach: None = None,
 ) -> tuple[Query, KeyValue, KeyValue, None]:
     """dq, dk, dv and no dsinks; ``saved`` is what the forward pass returned."""
     arguments, options = _packed(spec, q, k, v, segments)
@@ -133,5 +140,7 @@ def packed_segments(segments: Segments) -> tuple[Int[Array, "B m"], Int[Array, "
 
 def _zero_outside(spec: Spec, segments: Segments, x: Float[Array, "B S A C"]) -> Float[Array, "B S A C"]:
     # cuDNN does not write the positions that are in no segment.
+    if isinstance(segments, Covering):
+        return x
     lo, hi = key_ranges(spec, segments, x.shape[1])
     return jnp.where((hi > lo)[:, :, None, None], x, jnp.zeros((), x.dtype))

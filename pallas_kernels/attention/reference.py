@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention.spec import KeyValue, Query, Segments
+from pallas_kernels.attention.spec import Intervals, KeyValue, Query, Reach, Segments
 
 
 def reference(
@@ -18,15 +18,21 @@ def reference(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
+    reach: Reach = None,
 ) -> Float[Array, "B S H C"]:
-    """The arguments and result of `attention`, by the definition; builds [B, H, S, S]."""
+    """The arguments and result of `attention`, by the definition; builds [B, H, S, T]."""
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
     k32, v32 = (jnp.repeat(x, groups, axis=2) for x in (k32, v32))
     logits = jnp.einsum("bshc,bthc->bhst", q32, k32) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    visible = _visible(segments, q.shape[1], causal, window)[:, None]
+    if isinstance(segments, Intervals):
+        key = jnp.arange(k.shape[1])[None, None, :]
+        visible = (key >= segments.starts[..., None]) & (key < segments.ends[..., None])
+    else:
+        visible = _visible(segments, q.shape[1], causal, window, reach)
+    visible = visible[:, None]
     logits = jnp.where(visible, logits, -jnp.inf)
     sink = jnp.full(q.shape[2], -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
     sink = jnp.broadcast_to(sink[None, :, None, None], (*logits.shape[:3], 1))
@@ -51,12 +57,12 @@ def segment_ids(segments: Segments, length: int) -> Int[Array, "B S"]:
     return ids
 
 
-def _visible(segments: Segments, length: int, causal: bool, window: int | None) -> Bool[Array, "B S T"]:
+def _visible(segments: Segments, length: int, causal: bool, window: int | None, reach: Reach) -> Bool[Array, "B S T"]:
     ids = segment_ids(segments, length)
     i, j = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
     visible = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] >= 0)
     if causal:
-        visible &= (j <= i)[None]
+        visible &= (j <= i)[None] if reach is None else (j <= i)[None] | (j[None] < reach[:, :, None])
     if window is not None:
         visible &= (j > i - window)[None]
     return visible

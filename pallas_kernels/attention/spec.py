@@ -1,13 +1,15 @@
 """What every backend of attention shares: the static options, and the interval of keys that a query sees."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 type Query = Float[Array, "B S H C"]
-type KeyValue = Float[Array, "B S K C"]
+type KeyValue = Float[Array, "B T K C"]
 type Segments = tuple[Int[Array, "B M"], Int[Array, "B M"]]
+type Reach = Int[Array, "B S"] | None
 type LogSumExp = Float[Array, "..."]
 
 
@@ -27,11 +29,41 @@ class Spec:
             raise ValueError(f"softcap must be positive, got {self.softcap}; pass None for no cap")
 
 
-def key_ranges(spec: Spec, segments: Segments, length: int) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+class Covering(NamedTuple):
+    """Segments that leave no position of a row out, so that a backend need not care for those that are in none."""
+
+    starts: Int[Array, "B M"]
+    lengths: Int[Array, "B M"]
+
+
+class Intervals(NamedTuple):
+    """In place of segments: query i sees exactly the keys starts_i <= j < ends_i. The keys may have a length of their own."""
+
+    starts: Int[Array, "B S"]
+    ends: Int[Array, "B S"]
+
+
+def cover(segments: Segments, length: int) -> Covering:
+    """Rows whose segments follow each other from column 0 on, with what is left of ``length`` (their padding) as one more segment.
+
+    For training: padding then attends to itself, which costs less than zeroing it in each layer, and nothing reads it.
+
+    >>> covering = cover((jnp.array([[0, 3]]), jnp.array([[3, 2]])), 8)
+    >>> covering.starts.tolist(), covering.lengths.tolist()
+    ([[0, 3, 5]], [[3, 2, 3]])
+    """
+    starts, lengths = segments
+    end = jnp.max(starts + lengths, axis=1, keepdims=True)
+    return Covering(jnp.concatenate([starts, end], axis=1), jnp.concatenate([lengths, jnp.maximum(length - end, 0)], axis=1))
+
+
+def key_ranges(spec: Spec, segments: Segments, length: int, reach: Reach = None) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
     """``lo, hi`` such that query i sees key j exactly when lo[i] <= j < hi[i]; empty for a position in no segment.
 
-    Segments are contiguous, so documents, causality and the window together leave one interval.
+    Segments are contiguous, so documents, causality (as far as ``reach`` does not lift it) and the window together leave one interval.
     """
+    if isinstance(segments, Intervals):
+        return segments
     starts, lengths = (x[:, :, None] for x in segments)
     position = jnp.arange(length, dtype=starts.dtype)[None, None, :]
     ends = starts + lengths
@@ -39,7 +71,7 @@ def key_ranges(spec: Spec, segments: Segments, length: int) -> tuple[Int[Array, 
     lo = jnp.sum(jnp.where(inside, starts, 0), axis=1)
     hi = jnp.sum(jnp.where(inside, ends, 0), axis=1)
     if spec.causal:
-        hi = jnp.minimum(hi, position[:, 0] + 1)
+        hi = jnp.minimum(hi, position[:, 0] + 1 if reach is None else jnp.maximum(position[:, 0] + 1, reach))
     if spec.window is not None:
         lo = jnp.maximum(lo, position[:, 0] - spec.window + 1)
     return lo, hi

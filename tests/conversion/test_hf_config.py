@@ -171,6 +171,9 @@ def test_gemma3_layers_have_their_own_positions_in_both_spellings():
     for config in (old, new):
         assert rope(config, theta=1.0, layer_type="full_attention") == Rope(theta=1e6, kind="linear", factor=8.0)
         assert rope(config, theta=1.0, layer_type="sliding_attention") == Rope(theta=1e4)
+    del old["rope_local_base_freq"], new["rope_parameters"]["sliding_attention"]
+    for config in (old, new):
+        assert rope(config, theta=7.0, layer_type="sliding_attention") == Rope(theta=7.0)
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "Qwen2Config", "MistralConfig", "Qwen3Config"])
@@ -192,6 +195,13 @@ def test_parameters_of_another_kind_and_missing_ones_are_listed():
 def test_a_parameter_that_is_no_number_is_named():
     with pytest.raises(ValueError, match="factor = '8' is not a number"):
         rope({"rope_scaling": {"type": "linear", "factor": "8"}}, theta=1e4)
+
+
+def test_dynamic_scaling_starts_from_the_models_own_limit():
+    scaling = {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+    assert rope({"rope_scaling": scaling, "max_position_embeddings": 64}, theta=1e4).original_max_positions == 64
+    with pytest.raises(ValueError, match="'dynamic' start from max_position_embeddings, which the file lacks"):
+        rope({"rope_scaling": scaling}, theta=1e4)
 
 
 def test_every_parameter_of_every_kind_has_a_field():

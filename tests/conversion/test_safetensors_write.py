@@ -1,7 +1,6 @@
 """Writing files and folders that are complete or absent, and byte for byte the library's."""
 
 import itertools
-import json
 import os
 import shutil
 import types
@@ -13,27 +12,8 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from conversion import safetensors_write as write
-from conversion.safetensors_io import DTYPES, INDEX_NAME, CheckpointError, open_checkpoint, read_header
-
-PT = {"format": "pt"}
-
-
-def draw(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "a.weight": rng.normal(size=(3, 5)).astype(ml_dtypes.bfloat16),
-        "b.weight": rng.normal(size=(4,)).astype(np.float32),
-        "c.weight": rng.integers(0, 255, (7,)).astype(np.uint8),
-        "scalar": np.array(2.5, np.float16),
-        "empty": np.zeros((0, 3), np.float32),
-    }
-
-
-def sharded(folder, layout, weight_map=None):
-    for file, tensors in layout.items():
-        save_file(tensors, folder / file, PT)
-    mapped = weight_map if weight_map is not None else {n: file for file, tensors in layout.items() for n in tensors}
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": mapped}))
+from conversion.safetensors_io import DTYPES, CheckpointError, open_checkpoint, read_header
+from tests.conversion.checkpoints import PT, draw, sharded
 
 
 def pending(tensors):

@@ -42,7 +42,7 @@ CASES = {
     "lm_head": dict(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"]),
     "saved": dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head", "norm"]),
 }
-LIVE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+LIVE_MODELS = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 import pathlib
+import signal
 import sys
 
 import jax
@@ -6,6 +7,7 @@ import pytest
 
 from jaxlora import cli
 from jaxlora.recipes import quickstart
+from tests.jaxlora.train.test_loop import fresh, run, signalling
 
 
 def test_the_quickstart_gets_its_arguments(monkeypatch):
@@ -39,3 +41,12 @@ def test_without_tyro_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxlora\[cli\]'"):
         cli.main(["env"])
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_a_signal_stops_exits_as_shells_expect_and_says_where_its_checkpoint_is(monkeypatch, capsys, signum, status):
+    monkeypatch.setattr(quickstart, "run", lambda config: run(fresh(), total_steps=9, batches=signalling(signum, 1)))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["quickstart"])
+    assert stopped.value.code == status
+    assert f"stopped by {signum.name} after step 2; its checkpoint is complete: checkpoint-2" in capsys.readouterr().err

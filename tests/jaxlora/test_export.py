@@ -1,5 +1,6 @@
 """What is written: adapters that PEFT reads as they were trained, and merged models that equal the formula bit for bit."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -29,7 +30,7 @@ from tests.jaxlora.reference import reference_folder, run_oracle
 from tests.jaxlora.test_peft_parity import batch, forward
 from tests.tolerances import LOGITS_FP32
 
-TEXT = ("llama", "mistral", "qwen2", "qwen3")
+TEXT = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 OPTIONS = {
     "plain": LoRAConfig(r=4, lora_alpha=8.0, init_lora_weights=False),
     "rslora": LoRAConfig(r=4, lora_alpha=3.0, use_rslora=True, init_lora_weights=False),
@@ -37,6 +38,8 @@ OPTIONS = {
         r=4, lora_alpha=6.0, rank_pattern={"q_proj": 2, "unused": 9}, alpha_pattern={".*up_proj": 5.0}, init_lora_weights=False
     ),
 }
+# Trained whole beside LoRA; the base is tied, and only one of the two uses of its table changes.
+WHOLE = ("lm_head", "input_layernorm")
 SELECTED = {
     "plain": reference.ALL,
     "rslora": r"model\.layers\.1\..*",
@@ -49,6 +52,16 @@ def trained(folder, name="plain", **options):
     loaded, config = load(folder, LoadConfig(**{"dtype": "float32", **options})), OPTIONS[name]
     attach(loaded.model, by_pattern(linear_paths(loaded.model), SELECTED[name]), config)
     return loaded, config, *partition(loaded.model)[1:]
+
+
+def trained_whole(folder):
+    """As `trained`, with `WHOLE` trained too, away from the base's values."""
+    loaded, config = load(folder, LoadConfig(dtype="float32")), dataclasses.replace(OPTIONS["plain"], modules_to_save=WHOLE)
+    untie(loaded.model)
+    attach(loaded.model, by_pattern(linear_paths(loaded.model), ["q_proj", "down_proj"]), config)
+    _, trainable, frozen = partition(loaded.model, WHOLE)
+    keys = iter(jax.random.split(jax.random.key(0), 99))
+    return loaded, config, jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), trainable), frozen
 
 
 def base():
@@ -284,7 +297,7 @@ def test_progress_ends_at_the_whole(tmp_path):
 
 
 LIVE = {f"{model_type}-plain": (model_type, "plain") for model_type in TEXT}
-LIVE |= {f"tiny-{name}": ("tiny", name) for name in OPTIONS}
+LIVE |= {f"tiny-{name}": ("tiny", name) for name in (*OPTIONS, "whole")}
 
 
 def live_base(model_type):
@@ -299,7 +312,7 @@ def live_logits():
         np.savez(folder / "inputs.npz", **{name: file[name][0] for name in ("input_ids", "attention_mask")})
     jobs, ours = {}, {}
     for case, (model_type, name) in LIVE.items():
-        loaded, config, trainable, frozen = trained(live_base(model_type), name)
+        loaded, config, trainable, frozen = trained_whole(base()) if name == "whole" else trained(live_base(model_type), name)
         save_adapter(folder / f"{case}-adapter", trainable=trainable, frozen=frozen, config=config, loaded=loaded)
         save_merged(folder / f"{case}-merged", trainable=trainable, frozen=frozen, loaded=loaded)
         both = {"adapter": (live_base(model_type), folder / f"{case}-adapter"), "merged": (folder / f"{case}-merged", None)}

@@ -1,6 +1,7 @@
 """The selector against the table of Unsloth's worked examples, and PEFT's meaning of lists and regexes."""
 
 import itertools
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -9,6 +10,7 @@ from jaxlora import select
 from jaxlora.models import registry
 from jaxlora.nn.stack import linear_paths
 from jaxlora.select import by_flags, by_pattern, classify, of_layers
+from tests.jaxlora import reference
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 GATED = ["gate_proj", "up_proj", "down_proj"]
@@ -43,6 +45,16 @@ TABLE = {
         *QWEN2_VL[2:],
     ],
     "mllama": [
+        (layers("model.vision_model.transformer.layers", under("self_attn", QKVO)), VA),
+        (layers("model.vision_model.global_transformer.layers", under("self_attn", QKVO)), VA),
+        (layers("model.vision_model.transformer.layers", under("mlp", FC)), VM),
+        (layers("model.vision_model.global_transformer.layers", under("mlp", FC)), VM),
+        (layers("model.language_model.layers", under("self_attn", QKVO)), LA),
+        (under("model.language_model.layers.2.cross_attn", QKVO), LA),
+        (layers("model.language_model.layers", under("mlp", GATED), 3), LM),
+        (["model.multi_modal_projector", "lm_head"], NEVER),
+    ],
+    "mllama as on the hub": [
         (layers("vision_model.transformer.layers", under("self_attn", QKVO)), VA),
         (layers("vision_model.global_transformer.layers", under("self_attn", QKVO)), VA),
         (layers("vision_model.transformer.layers", under("mlp", FC)), VM),
@@ -58,7 +70,25 @@ TABLE = {
         (layers("language_model.model.layers", under("mlp", GATED)), LM),
         (["multi_modal_projector.linear_1", "multi_modal_projector.linear_2", "language_model.lm_head"], NEVER),
     ],
+    "llava": [
+        (layers("model.vision_tower.encoder.layers", under("self_attn", ["q_proj", "k_proj", "v_proj", "out_proj"])), VA),
+        (layers("model.vision_tower.encoder.layers", under("mlp", FC)), VM),
+        *QWEN2_VL[2:4],
+        (["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2", "lm_head"], NEVER),
+    ],
+    "llava_pixtral": [
+        (layers("model.vision_tower.transformer.layers", under("attention", QKVO)), VA),
+        (layers("model.vision_tower.transformer.layers", under("feed_forward", GATED)), VM),
+        *QWEN2_VL[2:4],
+        (["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2", "lm_head"], NEVER),
+    ],
     "gemma3": [
+        (layers("model.vision_tower.encoder.layers", under("self_attn", ["q_proj", "k_proj", "v_proj", "out_proj"])), VA),
+        (layers("model.vision_tower.encoder.layers", under("mlp", FC)), VM),
+        *QWEN2_VL[2:4],
+        (["lm_head"], NEVER),
+    ],
+    "gemma3 as on the hub": [
         (layers("vision_tower.vision_model.encoder.layers", under("self_attn", ["q_proj", "k_proj", "v_proj", "out_proj"])), VA),
         (layers("vision_tower.vision_model.encoder.layers", under("mlp", FC)), VM),
         (layers("language_model.model.layers", under("self_attn", QKVO)), LA),
@@ -104,16 +134,16 @@ def test_flags_select_what_the_table_says(architecture, flags):
             by_flags(paths, **names)
 
 
-@pytest.mark.parametrize("model_type", registry.MODELS)
+@pytest.mark.parametrize("model_type", [*registry.MODELS, "llava_pixtral"])
 def test_the_real_module_trees_have_the_names_of_the_table(model_type):
-    spec = registry.get(model_type)
-    depth = spec.tiny["num_hidden_layers"]
-    text = [*under("self_attn", QKVO), *under("mlp", GATED)]
-    expected = [*layers("model.layers", text, depth), "lm_head"]
-    if model_type == "qwen2_vl":
-        tower = layers("model.visual.blocks", ["attn.qkv", "attn.proj", *under("mlp", FC)], spec.tiny["vision_config"]["depth"])
-        expected = [*tower, *layers("model.language_model.layers", text, depth), *QWEN2_VL[4][0]]
-    assert set(linear_paths(spec.build(spec.read(spec.tiny)))) == set(expected)
+    spec = reference.spec_of(model_type)
+    text = layers("model.layers", [*under("self_attn", QKVO), *under("mlp", GATED)])
+    expected = [path for paths, _ in TABLE.get(model_type, [(text, LA), (["lm_head"], NEVER)]) for path in paths]
+
+    def in_any_layer(paths):
+        return {re.sub(r"\.\d+\.", ".N.", path) for path in paths}
+
+    assert in_any_layer(linear_paths(spec.build(spec.read(reference.config_of(model_type))))) == in_any_layer(expected)
 
 
 def test_order_is_the_models():

@@ -34,15 +34,15 @@ def with_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
 
 def main(jobs_path: str, folder: str) -> None:
     for name, job in json.loads(pathlib.Path(jobs_path).read_text()).items():
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            job["base"], dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
+        sees = "vision_config" in json.loads((pathlib.Path(job["base"]) / "config.json").read_text())
+        auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+        model, report = auto.from_pretrained(job["base"], dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
         bad = {k: v for k, v in report.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         assert not bad, f"{name}: {bad}"
         if job["adapter"]:
             model = with_adapter(model, job["adapter"])
         with np.load(job["inputs"]) as file:
-            inputs = {k: torch.from_numpy(file[k].astype(np.int64)) for k in ("input_ids", "attention_mask")}
+            inputs = {k: torch.from_numpy(v if v.dtype.kind == "f" else v.astype(np.int64)) for k, v in file.items()}
         with torch.no_grad():
             logits = model.eval()(**inputs).logits
         np.savez(pathlib.Path(folder) / f"{name}.npz", logits=logits.float().numpy())

@@ -16,7 +16,8 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-OPTIMIZER = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+OPTIMIZER = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+WEIGHT_DECAY = 0.01
 WARMUP, MAX_GRAD_NORM, LATER = 2, 1.0, 5
 
 
@@ -49,7 +50,14 @@ def loss_and_gradients(model, batch):
 
 def train(model, batches, steps):
     """Returns the losses, and the gradients of step LATER."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **OPTIMIZER)
+    # The groups that transformers' Trainer makes: norms and biases do not decay. The method reads nothing of its trainer.
+    decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, **OPTIMIZER)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, steps)
     losses, later = [], {}
     for step in range(steps):

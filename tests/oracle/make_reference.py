@@ -26,16 +26,21 @@ def redraw(model: torch.nn.Module, seed: int = 0) -> None:
         return torch.randn(shape, generator=generator) * std
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    # Gemma's norms scale by 1 + weight.
+    centred = {id(m.weight) for m in model.modules() if type(m).__name__.startswith("Gemma") and type(m).__name__.endswith("RMSNorm")}
     for name, p in model.named_parameters():
         with torch.no_grad():
             if id(p) in embeddings:
                 p.copy_(normal(p.shape, 1.0))
             elif p.ndim >= 2:
                 p.copy_(normal(p.shape, p[0].numel() ** -0.5))
+            elif p.numel() == 1 and "gate" in name:
+                sign = torch.randint(2, (1,), generator=generator) * 2 - 1
+                p.copy_(sign * (torch.rand(1, generator=generator) + 0.5))
             elif name.endswith("bias"):
                 p.copy_(normal(p.shape, 0.5))
             else:
-                p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
+                p.copy_(torch.rand(p.shape, generator=generator) + (-0.5 if id(p) in centred else 0.5))
 
 
 def text_inputs(vocab_size: int, seed: int = 1) -> dict[str, torch.Tensor]:

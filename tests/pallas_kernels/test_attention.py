@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention
-from pallas_kernels.attention import cudnn, front, xla
+from pallas_kernels.attention import Intervals, cover, cudnn, front, xla
 from pallas_kernels.attention.reference import reference
 from tests.pallas_kernels import h200
 
@@ -45,7 +45,57 @@ def test_a_segment_does_not_see_another():
 def test_a_window_as_long_as_the_row_is_no_window():
     q, k, v = qkv(8, dtype=jnp.bfloat16)
     with h200.pretended():
-        assert cudnn.refuses(front._spec(q, causal=True, window=8), q, k, None) is None
+        assert cudnn.refuses(front._spec(q, causal=True, window=8), q, k, None, None) is None
+
+
+def seen_by(length, **options):
+    """Which keys each query sees, [S, S]: where the gradient of its output reaches values."""
+    q, k, v = qkv(length, heads=1, kv_heads=1, width=1)
+    jacobian = jax.jacobian(lambda v: attention(q, k, v, causal=True, backend="xla", **options)[0, :, 0, 0])(v)
+    return np.asarray(jacobian[:, 0, :, 0, 0] > 0)
+
+
+def test_tokens_of_an_image_see_each_other_and_what_is_before_within_document_and_window():
+    # Two documents of 9 and 5 tokens; the first has an image at 3 to 7, the second one that begins it.
+    reach = np.array([[0, 0, 0, 8, 8, 8, 8, 8, 0, 11, 11, 0, 0, 0]])
+    i, j = np.mgrid[:14, :14]
+    document, image = np.where(i < 9, 0, 1) == np.where(j < 9, 0, 1), (reach.T > 0) & (reach.T == reach)
+    expected = document & ((j <= i) | image)
+    inside = segments((0, 9), (9, 5))
+    assert np.array_equal(seen_by(14, segments=inside, reach=jnp.asarray(reach)), expected)
+    assert np.array_equal(seen_by(14, segments=inside, reach=jnp.asarray(reach), window=3), expected & (j > i - 3))
+
+
+def test_looking_ahead_ends_with_the_document():
+    assert not seen_by(8, segments=segments((0, 4), (4, 4)), reach=jnp.full((1, 8), 8))[:4, 4:].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"causal": True}, "intervals are all that a query sees: causal and window must be off, got True and None"),
+        ({"causal": False, "window": 3}, "causal and window must be off, got False and 3"),
+        ({"causal": False, "short": 1}, r"intervals must be two arrays \[B, S\] = \(1, 8\), got \(1, 7\)"),
+    ],
+)
+def test_intervals_are_whole_and_alone(options, message):
+    length = 8 - options.pop("short", 0)
+    seen = Intervals(*jnp.zeros((2, 1, length), jnp.int32))
+    with pytest.raises(ValueError, match=message):
+        attention(*qkv(8), segments=seen, **options)
+
+
+def test_cudnn_refuses_intervals_and_the_blockwise_path_takes_them(monkeypatch):
+    q, k, v = qkv(8, dtype=jnp.bfloat16)
+    seen = Intervals(*jnp.zeros((2, 1, 8), jnp.int32))
+    with h200.pretended():
+        assert front._refuses("cudnn", q, k, v, segments=seen, causal=False) == "has no interval of keys for each query"
+        assert front.KERNEL.choose("auto", q, k, v, segments=seen, causal=False) == "xla"
+
+
+def test_looking_ahead_without_causality_is_a_mistake():
+    with pytest.raises(ValueError, match="reach lifts causality for single tokens: it needs causal=True"):
+        attention(*qkv(8), segments=segments((0, 8)), causal=False, reach=jnp.zeros((1, 8), jnp.int32))
 
 
 @pytest.mark.parametrize("direction", ["forward", "gradient"])
@@ -164,6 +214,23 @@ def test_the_packing_check_fails_when_offsets_are_read_wrongly(monkeypatch):
         cudnn.check_packing.__wrapped__()
 
 
+@pytest.mark.parametrize("backend", ["xla", pytest.param("cudnn", marks=pytest.mark.gpu)])
+def test_covered_padding_changes_no_token_and_takes_no_gradient(backend):
+    arrays = qkv(64, dtype=jnp.bfloat16)
+    given = segments((0, 20), (20, 25))
+
+    def tokens_only(segments, arrays):
+        out = attention(*arrays, segments=segments, causal=True, backend=backend)
+        return jnp.sum(out[:, :45].astype(jnp.float32) ** 2), out
+
+    (_, out), grads = jax.value_and_grad(functools.partial(tokens_only, given), has_aux=True)(arrays)
+    (_, covered), covered_grads = jax.value_and_grad(functools.partial(tokens_only, cover(given, 64)), has_aux=True)(arrays)
+    np.testing.assert_array_equal(out[:, :45], covered[:, :45])
+    assert bool(jnp.isfinite(covered).all()) and bool(jnp.any(covered[:, 45:] != 0, axis=(2, 3)).all())
+    for a, b in zip(grads, covered_grads, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.gpu
 def test_the_packing_check_passes_on_this_gpu():
     cudnn.check_packing()
@@ -178,6 +245,7 @@ def test_the_packing_check_passes_on_this_gpu():
         ({"softcap": 30.0}, "has no soft-cap"),
         ({"sinks": jnp.zeros(2)}, "has no sinks"),
         ({"window": 4}, "a window together with packed offsets"),
+        ({"reach": jnp.zeros((1, 16), jnp.int32)}, "has no mask that lets some tokens see ahead"),
     ],
 )
 def test_naming_cudnn_where_it_cannot_run_raises_the_reason(change, reason):

@@ -12,6 +12,7 @@ from jaxlora.data.positions import VisionValues
 from jaxlora.data.processors import load_processor
 from jaxlora.data.turns import takes_parts
 from jaxlora.recipes.tiny_tokenizer import make_tokenizer
+from tests.jaxlora.data import processor_reference
 
 
 @pytest.fixture
@@ -93,7 +94,8 @@ def test_left_padding_gives_the_same_batch_record(processor):
 def test_a_row_measures_what_it_becomes(processor, options, which):
     made = collator(processor, **options)
     batch = made([MIXED[which]])
-    assert made.measure(MIXED[which]) == (batch["input_ids"].shape[1], len(batch.get("pixel_values", ())))
+    frames = sum(t for t, _, _ in batch.get("image_grid_thw", ()))
+    assert made.measure(MIXED[which]) == (batch["input_ids"].shape[1], len(batch.get("pixel_values", ())), frames)
 
 
 def test_truncation_through_an_image_is_refused_by_row_in_both_passes(processor):
@@ -112,6 +114,20 @@ def test_the_models_length_cuts_text_and_its_labels(processor):
 def test_a_length_that_is_no_int_cuts_nothing(processor):
     batch = collator(processor, model(max_seq_length=20), max_seq_length=False)([row(answer="a b c " * 30)])
     assert batch["input_ids"].shape[1] > 60
+
+
+def test_image_paths_are_read_inside_their_root_and_nowhere_else(processor, tmp_path):
+    (tmp_path / "images").mkdir()
+    for folder in (tmp_path, tmp_path / "images"):
+        picture(56, 84).save(folder / "scan.png")
+    made = collator(processor, image_root=tmp_path / "images")
+    batch = made([row("scan.png")])
+    assert batch["image_grid_thw"].tolist() == [[1, 6, 4]]
+    assert made.measure(row("scan.png"))[1:] == (24, 1)
+    for outside in ("../scan.png", str(tmp_path / "scan.png")):
+        for call in (lambda path: made([row(path)]), lambda path: made.measure(row(path))):
+            with pytest.raises(ValueError, match="image 0: path .* leaves the image root"):
+                call(outside)
 
 
 def test_images_come_from_their_column_where_there_is_one(processor):
@@ -224,3 +240,18 @@ def test_videos_are_lists_of_frames(processor):
     batch = collator(processor)([[{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]])
     assert batch["video_grid_thw"][0, 0] == 2
     assert (batch["input_ids"] == processor.video_token_id).sum() == batch["video_grid_thw"].prod() // 4
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_times_of_a_video_reach_the_model(model_type, tmp_path):
+    processor = load_processor(processor_reference.write_folder(tmp_path, model_type), model_type)
+    content = [{"type": "text", "text": "look:"}, {"type": "video", "video": [picture(96, 64)] * 3, "fps": 4}]
+    films = [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]
+    made = collator(processor)
+    batch = made([films])
+    assert made.measure(films)[:2] == (batch["input_ids"].shape[1], len(batch["pixel_values_videos"]))
+    text = processor.batch_decode(batch["input_ids"])[0]
+    if model_type == "qwen2_5_vl":
+        assert batch["second_per_grid_ts"].tolist() == [0.5]
+    else:
+        assert "look:<0.1 seconds><|vision_start|>" in text and "<|vision_end|><0.5 seconds><|vision_start|>" in text

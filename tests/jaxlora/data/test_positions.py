@@ -1,7 +1,18 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxlora.data.positions import VisionRun, VisionValues, find_runs, mrope_positions, patch_positions, rope_delta
+from jaxlora.data.positions import (
+    VisionRun,
+    VisionValues,
+    find_runs,
+    mrope_positions,
+    patch_positions,
+    rope_delta,
+    window_order,
+    window_room,
+)
 
 IMAGE, VIDEO, START, END, TEXT = 3, 4, 5, 6, 9
 
@@ -69,3 +80,25 @@ def test_a_cut_image_is_refused_with_both_counts():
 def test_a_placeholder_without_an_image_is_refused():
     with pytest.raises(ValueError, match="no image is left"):
         find_runs(np.array([TEXT, IMAGE]), iter(()), iter(()), values())
+
+
+def test_windows_have_the_published_order():
+    """As transformers orders 20 x 12 patches in windows of 4 x 4 merged cells."""
+    order, lengths = window_order((1, 20, 12), values(window=4))
+    assert order[:25].tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19, 20, 21, 4, 5, 10, 11, 16, 17, 22, 23, 24]
+    assert np.cumsum([0, *lengths]).tolist() == [0, 64, 96, 160, 192, 224, 240]
+
+
+def test_no_window_crosses_a_frame():
+    order, lengths = window_order((3, 6, 10), values(window=4))
+    assert sorted(order.tolist()) == list(range(45))
+    assert all(np.array_equal(order[i : i + 15] // 15, np.full(15, i // 15)) for i in (0, 15, 30))
+    assert np.cumsum(lengths).tolist()[1::2] == [60, 120, 180]
+
+
+@given(st.lists(st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=4))
+def test_there_is_room_for_every_window(sizes):
+    grids = [(t, 2 * h, 2 * w) for t, h, w in sizes]
+    needed = sum(len(window_order(grid, values(window=4))[1]) for grid in grids)
+    patches, frames = sum(t * h * w for t, h, w in grids), sum(grid[0] for grid in grids)
+    assert window_room(needed, patches, frames, values(window=4)) >= needed

@@ -1,18 +1,21 @@
 import json
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxlora.data.positions import patch_positions
-from jaxlora.data.processors import Qwen2VLProcessor, load_processor
+from jaxlora.data.processors import load_processor
+from jaxlora.data.qwen_vl import QwenVLProcessor
 from jaxlora.recipes.tiny_tokenizer import PREPROCESSOR, make_tokenizer
-from tests.jaxlora.data.make_processor_golden import SIZES, TEXTS, picture
+from tests.jaxlora.data import processor_reference
+from tests.jaxlora.data.processor_reference import picture
+from tests.tolerances import REORDERED_FP32, RESIZED_PIXELS
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "qwen2_vl_processor.npz")
 ONE = "<|vision_start|><|image_pad|><|vision_end|>"
+SIZES, TEXTS = processor_reference.SIZES, processor_reference.TEXTS
+every_model = pytest.mark.parametrize("model_type", processor_reference.PROCESSORS)
 
 
 @pytest.fixture
@@ -27,16 +30,44 @@ def processor(folder):
 
 @pytest.fixture
 def made(processor):
-    return processor(images=[picture(*size) for size in SIZES], text=TEXTS, padding=True)
+    return processor(images=processor_reference.images(), text=TEXTS, padding=True)
 
 
-@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"])
-def test_ids_and_grids_are_those_of_transformers(made, name):
-    assert np.array_equal(made[name], GOLDEN[name])
+def small_limits(tmp_path, model_type):
+    return load_processor(processor_reference.write_folder(tmp_path / "model", model_type), model_type)
 
 
-def test_pixel_values_are_those_of_transformers(made):
-    assert np.array_equal(made["pixel_values"][:, ::13], GOLDEN["pixel_values"])
+@every_model
+def test_ids_grids_and_pixels_of_images_are_those_of_transformers(model_type, tmp_path):
+    ours = small_limits(tmp_path, model_type)(images=processor_reference.images(), text=TEXTS, padding=True)
+    theirs = processor_reference.expected(model_type, "image")
+    assert set(ours) == set(theirs)
+    for name in set(theirs) - {"pixel_values"}:
+        assert np.array_equal(ours[name], theirs[name]), name
+    assert np.array_equal(ours["pixel_values"][:, ::13], theirs["pixel_values"])
+
+
+@every_model
+def test_ids_grids_times_and_pixels_of_videos_are_those_of_transformers(model_type, tmp_path):
+    films = [processor_reference.film(model_type, i) for i in range(len(processor_reference.VIDEOS))]
+    fps = [rate for _, rate in processor_reference.VIDEOS]
+    ours = small_limits(tmp_path, model_type)(videos=films, text=processor_reference.VIDEO_TEXTS, padding=True, fps=fps)
+    theirs = processor_reference.expected(model_type, "video")
+    assert set(ours) == set(theirs)
+    for name in set(theirs) - {"pixel_values_videos"}:
+        assert np.array_equal(ours[name], theirs[name]), name
+    difference = np.abs(ours["pixel_values_videos"][:, ::13] - theirs["pixel_values_videos"])
+    untouched = int(ours["video_grid_thw"][0].prod())
+    assert difference[:untouched].max() <= REORDERED_FP32 and difference[untouched:].max() <= RESIZED_PIXELS
+
+
+@pytest.mark.parametrize("around", ["", "<|vision_start|>{}<|vision_end|>"])
+def test_times_replace_the_placeholder_and_the_vision_tokens_around_it(around, tmp_path):
+    processor = small_limits(tmp_path, "qwen3_vl")
+    text = (around or "{}").format("<|video_pad|>")
+    pair = "<|vision_start|><|video_pad|><|vision_end|>"
+    written_out = processor.prepare(f"see {text}!", [(3, 2.0)])
+    assert written_out == f"see <0.2 seconds>{pair}<1.0 seconds>{pair}!"
 
 
 def test_a_patch_holds_its_pixels_channel_frame_row_column(processor):
@@ -160,7 +191,7 @@ def test_truncation_and_padding_reach_the_length_asked_for(processor):
 
 def test_a_text_model_gets_its_tokenizer(tmp_path):
     tokenizer = load_processor(make_tokenizer(tmp_path, "llama"), "llama")
-    assert tokenizer("a boat")["input_ids"] and not isinstance(tokenizer, Qwen2VLProcessor)
+    assert tokenizer("a boat")["input_ids"] and not isinstance(tokenizer, QwenVLProcessor)
 
 
 def test_a_folder_without_tokenizer_loads_with_a_warning(tmp_path):

@@ -17,13 +17,14 @@ from jaxlora.data.ladder import Shape
 from jaxlora.load import LoadConfig, load
 from jaxlora.models import registry
 from jaxlora.nn import attention as attention_module
-from jaxlora.nn.decoder import Execution
+from jaxlora.nn.decoder import Execution, head_of
 from jaxlora.nn.stack import Stack, flatten_leaves
 from jaxlora.select import expand
+from jaxlora.train.loss import loss_sum
 from tests.jaxlora import reference
-from tests.tolerances import LOGITS_FP32, SENSITIVITY
+from tests.tolerances import LOGITS_FP32, LOSS_FP32, SENSITIVITY
 
-TEXT = ("llama", "mistral", "qwen2", "qwen3")
+TEXT = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 @functools.cache
@@ -77,9 +78,7 @@ def test_every_submodule_equals_transformers(model_type):
         ours["model.norm"] = model.model.norm(x)
 
     embedded = model.model.embed_tokens(batch.input_ids)
-    shared = attention_module.Shared(
-        model.model.rope_table(batch.position_ids, embedded.dtype), (batch.segment_starts, batch.segment_lengths)
-    )
+    shared = model.model.shared(batch.position_ids, (batch.segment_starts, batch.segment_lengths), embedded.dtype)
     run(embedded, shared, attention_module.LayerInputs())
     for name, value in ours.items():
         difference = at_tokens(model_type, value) - at_tokens(model_type, theirs[f"module:{name}"])
@@ -91,6 +90,41 @@ def _layer(stack: Stack, i: int):
     graphdef, state = nnx.split(getattr(stack, key))
     at = list(range(*map(int, key.split(":")))).index(i)
     return graphdef, jax.tree.map(lambda a: a[at], state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_cache(graphdef, tree, batch, caches, column):
+    model = nnx.merge(graphdef, tree)
+    hidden, caches = model(batch, Execution(), caches=caches, column=column)
+    return model.head().logits(hidden), caches
+
+
+@pytest.mark.parametrize("model_type", TEXT)
+def test_decoding_with_a_cache_gives_transformers_logits(model_type):
+    model, arrays = loaded(model_type).model, reference.expected(model_type)
+    values, ids, known = loaded(model_type).spec.values(loaded(model_type).raw_config), arrays["input_ids"][:1], 20
+    split = nnx.split(model)
+
+    def micro(ids):
+        batch = make_batch([{"input_ids": ids}], values, Shape(ids.shape[1]), rows=1)
+        return jax.tree.map(lambda a: jnp.asarray(a[0]), batch)
+
+    _, caches = _with_cache(*split, micro(ids[:, :known]), model.init_caches(1, ids.shape[1], jnp.float32), jnp.array([0]))
+    for at in range(known, ids.shape[1]):
+        step = dataclasses.replace(micro(ids[:, at : at + 1]), position_ids=jnp.array([[at]]))
+        ours, caches = _with_cache(*split, step, caches, jnp.array([at]))
+        assert np.abs(ours[0, 0] - arrays["logits"][0, at]).max() <= LOGITS_FP32, at
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "llama"])
+def test_the_loss_is_that_of_transformers_logits_cap_included(model_type):
+    model, batch = loaded(model_type).model, text_batch(model_type)
+    logits = jax.nn.log_softmax(reference.expected(model_type)["logits"].astype(np.float64))
+    labels = np.full(batch.labels.shape, -100, np.int32)
+    labels[0, 3:20] = np.arange(17) * 13
+    expected = -sum(float(logits[0, i, labels[0, i]]) for i in range(3, 20))
+    ours = loss_sum(model, dataclasses.replace(batch, labels=jnp.asarray(labels)), Execution(), head_grad=False)
+    assert abs(float(ours) - expected) / 17 <= LOSS_FP32
 
 
 @pytest.mark.parametrize("model_type", TEXT)
@@ -151,6 +185,27 @@ def _without_scale(model, batch, monkeypatch):
     return model, batch
 
 
+def _without_softcap(model, batch, monkeypatch):
+    real = attention_module.attention
+    monkeypatch.setattr(attention_module, "attention", lambda *a, **k: real(*a, **{**k, "softcap": None}))
+    return model, batch
+
+
+def _without_final_softcap(model, batch, monkeypatch):
+    monkeypatch.setattr(type(model), "head", lambda self: head_of(self.lm_head, self.model.embed_tokens))
+    return model, batch
+
+
+def _without_embedding_scale(model, batch, monkeypatch):
+    monkeypatch.setattr(model.model.embed_tokens, "scale", None)
+    return model, batch
+
+
+def _without_local_rope(model, batch, monkeypatch):
+    monkeypatch.setattr(model.model, "config", dataclasses.replace(model.model.config, local_rope=None))
+    return model, batch
+
+
 def _without_window(model, batch, monkeypatch):
     real = attention_module.attention
     monkeypatch.setattr(attention_module, "attention", lambda *a, **k: real(*a, **{**k, "window": None}))
@@ -158,7 +213,14 @@ def _without_window(model, batch, monkeypatch):
 
 
 TRICKS = {"rope": _without_rope, "mask": _without_causal_mask, "segments": _without_segments, "scale": _without_scale}
-CASES = [(m, t) for m in TEXT for t in TRICKS] + [("mistral", "window"), ("qwen2", "window")]
+SOME = {
+    "window": (_without_window, ("gemma2", "gemma3_text", "mistral", "qwen2")),
+    "softcap": (_without_softcap, ("gemma2",)),
+    "final_softcap": (_without_final_softcap, ("gemma2", "gemma3_text")),
+    "embedding_scale": (_without_embedding_scale, ("gemma2", "gemma3_text")),
+    "local_rope": (_without_local_rope, ("gemma3_text",)),
+}
+CASES = [(m, t) for m in TEXT for t in TRICKS] + [(m, t) for t, (_, models) in SOME.items() for m in models]
 
 
 @pytest.mark.parametrize(("model_type", "trick"), CASES)
@@ -167,7 +229,8 @@ def test_dropping_what_attention_does_moves_the_logits(model_type, trick, monkey
     base = at_tokens(model_type, logits(model, batch))
     # The patched attention is another program with the same arguments.
     _forward.clear_cache()
-    changed = {**TRICKS, "window": _without_window}[trick](model, batch, monkeypatch)
+    drop = TRICKS[trick] if trick in TRICKS else SOME[trick][0]
+    changed = drop(model, batch, monkeypatch)
     assert np.abs(at_tokens(model_type, logits(*changed)) - base).max() > SENSITIVITY
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlora.nn.linear import Linear, project
+from jaxlora.nn.linear import Linear, project, project_activated
+from jaxlora.nn.mlp import silu_product
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
@@ -104,6 +105,29 @@ def test_a_group_of_one_is_the_call():
 def test_a_group_is_each_linear_alone():
     linears, x = group(), normal(0, 5, WIDTH)
     assert_close(project(linears, x), tuple(linear(x) for linear in linears))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_activated_projection_is_the_linear_of_the_activation(dropout):
+    linear, e, g = make(0, rank=4, dropout=dropout), normal(0, 5, WIDTH), normal(1, 5, WIDTH)
+    key = jax.random.key(3) if dropout else None
+
+    def ours(linear, e, g):
+        return project_activated(linear, silu_product, (e, g), key)
+
+    def plain(linear, e, g):
+        return linear(jax.nn.silu(e) * g, key)
+
+    graphdef, state = nnx.split(linear)
+    dy = normal(2, 5, OUTS[0])
+    found, expected = (
+        jax.grad(lambda state, e, g, f=f: jnp.vdot(f(nnx.merge(graphdef, state), e, g), dy), argnums=(0, 1, 2))(
+            nnx.to_pure_dict(state), e, g
+        )
+        for f in (ours, plain)
+    )
+    np.testing.assert_array_equal(ours(linear, e, g), plain(linear, e, g))
+    assert_close(found, expected)
 
 
 def test_adapter_gradients_are_fp32_under_bf16_activations():

@@ -2,8 +2,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conversion import hf_config
 from conversion.hf_config import Rope
 from jaxlora.nn import rope
+from tests.jaxlora import reference
 
 LLAMA3 = Rope(theta=5e5, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 # transformers' inverse frequencies of Llama 3.1 (128 channels), by index.
@@ -25,10 +27,43 @@ def test_linear_scaling_divides_frequencies_by_the_factor():
     np.testing.assert_allclose(scaled, plain / 4, rtol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
-def test_other_scalings_are_refused(kind):
+@pytest.mark.parametrize("case", reference.ROPE_CASES)
+def test_every_scaling_is_that_of_transformers_at_every_length(case):
+    scaling = hf_config.rope(reference.rope_config(case), theta=-1.0)
+    for length, (expected, factor) in zip(reference.ROPE_CASES[case][1], reference.rope_expected()[case], strict=True):
+        cos, sin = rope.text_table(jnp.arange(length)[None], 24, scaling, jnp.float32)
+        angles = (length - 1) * np.array(expected, np.float64)
+        np.testing.assert_allclose(cos[0, -1], factor * np.cos([*angles, *angles]), atol=2e-7 * length)
+        np.testing.assert_allclose(sin[0, -1], factor * np.sin([*angles, *angles]), atol=2e-7 * length)
+        assert rope.attention_factor(scaling) == pytest.approx(factor, rel=1e-7)
+        if scaling.kind == "dynamic":
+            ours = rope.dynamic_frequencies(24, scaling, jnp.array([[length]]))[0, 0]
+        else:
+            ours = rope.frequencies(24, scaling)
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def test_dynamic_positions_of_a_document_do_not_depend_on_its_neighbours():
+    scaling = Rope(theta=1e4, kind="dynamic", factor=2.0, original_max_positions=8)
+    alone = rope.text_table(jnp.arange(5)[None], 12, scaling, jnp.float32)
+    packed = rope.text_table(jnp.concatenate([jnp.arange(30), jnp.arange(5), jnp.zeros(3, int)])[None], 12, scaling, jnp.float32)
+    np.testing.assert_array_equal(packed[0][:, 30:35], alone[0])
+    assert not np.array_equal(packed[0][:, :5], alone[0])
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [Rope(theta=1e4, kind="longrope"), Rope(theta=1e4, partial_rotary_factor=0.5), Rope(theta=1e4, mrope_interleaved=True)],
+)
+def test_other_scalings_are_refused(scaling):
     with pytest.raises(NotImplementedError, match="is not modelled"):
-        rope.frequencies(20, Rope(theta=1e4, kind=kind))
+        rope.frequencies(20, scaling)
+
+
+def test_yarn_of_three_dimensional_positions_is_refused():
+    scaling = Rope(theta=1e4, kind="yarn", factor=2.0, original_max_positions=8, mrope_section=(2, 1, 3))
+    with pytest.raises(NotImplementedError, match="'yarn' scaling of M-RoPE"):
+        rope.text_table(jnp.zeros((3, 1, 4), int), 12, scaling, jnp.float32)
 
 
 def test_rotation_turns_channel_pairs_by_position_times_frequency():
@@ -60,8 +95,14 @@ def test_a_longer_context_scales_positions_linearly_by_the_ratio():
     assert rope.lengthened(Rope(theta=1e4, kind="linear", factor=2.0), 2048, 8192).factor == 8.0
 
 
-def test_llama3_scaling_and_a_shorter_context_are_kept():
-    assert rope.lengthened(LLAMA3, 8192, 10**6) is LLAMA3
+def test_a_longer_context_stretches_yarn_further():
+    yarn = Rope(theta=1e4, kind="yarn", factor=4.0, original_max_positions=2048)
+    assert rope.lengthened(yarn, 8192, 16384) == Rope(theta=1e4, kind="yarn", factor=8.0, original_max_positions=2048)
+
+
+def test_llama3_and_dynamic_scaling_and_a_shorter_context_are_kept():
+    dynamic = Rope(theta=1e4, kind="dynamic", factor=2.0, original_max_positions=8192)
+    assert rope.lengthened(LLAMA3, 8192, 10**6) is LLAMA3 and rope.lengthened(dynamic, 8192, 10**6) is dynamic
     assert rope.lengthened(Rope(theta=1e4), 2048, 2048) == Rope(theta=1e4)
 
 

@@ -196,3 +196,33 @@ def test_eight_runs_do_not_warn(caplog):
 def test_expand_and_the_keys_of_runs_agree():
     (run,) = layout("ababab")
     assert [expand(f"layers.{key}.w") for key in run.keys] == [[f"layers.{i}.w" for i in (0, 2, 4)], [f"layers.{i}.w" for i in (1, 3, 5)]]
+
+
+def test_only_wanted_states_are_held_and_they_are_the_inputs_of_their_layers():
+    kinds, x, shared = "aabaabaab", filled(1, 3, WIDTH), filled(2, 3, WIDTH)
+    states, _ = unrolled(kinds, x, shared)
+    wanted = (5, 0, 3, 9)
+    _, collected, _ = stack(kinds)(x, shared, collect=wanted)
+    for layer, state in zip(wanted, collected, strict=True):
+        np.testing.assert_allclose(state, states[layer], atol=REORDERED_FP32)
+
+
+def test_layers_may_get_and_return_things_of_their_own_kind():
+    kinds, x, shared = "aabaab", filled(1, 3, WIDTH), filled(2, 3, WIDTH)
+    built = stack(kinds)
+    assert built.keys == ["0:6:3", "1:6:3", "2:6:3"]
+    extra = [filled(layer, 3, WIDTH) for layer in range(6)]
+    given = {key: None if key == "2:6:3" else jnp.stack([extra[i] for i in range(*map(int, key.split(":")))]) for key in built.keys}
+    states, outs = unrolled(kinds, x, shared, [None if kinds[i] == "b" else extra[i] for i in range(6)])
+    y, _, returned = built(x, shared, given)
+    np.testing.assert_allclose(y, states[-1], atol=REORDERED_FP32)
+    for key, out in returned.items():
+        np.testing.assert_allclose(out, [outs[i] for i in range(*map(int, key.split(":")))], atol=REORDERED_FP32)
+
+
+def test_layers_of_one_structure_in_a_period_are_traced_once(monkeypatch):
+    traced, real = [], Block.__call__
+    built = stack("aaabaaab")
+    monkeypatch.setattr(Block, "__call__", lambda block, *arguments: traced.append(block.kind) or real(block, *arguments))
+    jax.make_jaxpr(built)(filled(1, 3, WIDTH), filled(2, 3, WIDTH))
+    assert traced == ["a", "b"]

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlora.weights import base
+from jaxlora.weights.dense import Dense
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.nf4 import NF4
+from tests.tolerances import ROUNDED_BF16
 
 # Relative Frobenius error on normal weights in groups of 64; docs/numerics.md says where the figures come from.
 RELATIVE_ERROR = {"int4": 0.0899, "nf4": 0.0920}
@@ -100,3 +103,38 @@ def test_int4_refuses_scales_that_do_not_fit():
 
 def test_nf4_takes_four_bits_and_a_bit_more(weights):
     assert NF4.quantise(weights).nbytes * 8 / weights.size == pytest.approx(4.127, abs=0.01)
+
+
+def product(x, w):
+    return np.asarray(x, np.float32) @ np.asarray(w, np.float32)
+
+
+@pytest.mark.parametrize("form", [Dense, Int4.quantise, NF4.quantise], ids=["dense", "int4", "nf4"])
+@pytest.mark.parametrize("width", [128, 100])
+class TestOneProduct:
+    """What GPUs run: the adapter's columns and rows are part of the decoded array."""
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(base, "one_product", lambda x, u: True)
+
+    def draw(self, seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+    def close(self, found, expected):
+        assert np.linalg.norm(np.asarray(found, np.float32) - expected) <= ROUNDED_BF16 * np.linalg.norm(expected)
+
+    def test_the_output_with_an_update(self, form, width):
+        w, x, u, b = form(self.draw(0, 256, width)), self.draw(1, 32, width), self.draw(2, 32, 16), self.draw(3, 256, 16)
+        self.close(w.matmul(x, (u, b)), product(x, w.dequantise().T) + product(u, b.T))
+
+    def test_the_input_gradient_with_an_update(self, form, width):
+        w, dy, u, a = form(self.draw(0, 48, width)), self.draw(1, 32, 48), self.draw(2, 32, 16), self.draw(3, 16, width)
+        self.close(w.matmul_t(dy, (u, a)), product(dy, w.dequantise()) + product(u, a))
+
+    def test_the_input_gradient_of_a_group(self, form, width):
+        ws = [form(self.draw(i, rows, width)) for i, rows in enumerate((48, 16, 16))]
+        dys = [self.draw(10 + i, 32, w.shape[0]) for i, w in enumerate(ws)]
+        u, a = self.draw(2, 32, 16), self.draw(3, 16, width)
+        expected = sum(product(dy, w.dequantise()) for dy, w in zip(dys, ws, strict=True)) + product(u, a)
+        self.close(base.input_gradient(ws, dys, (u, a)), expected)

@@ -1,0 +1,393 @@
+"""LLaVA computes what transformers computes with each of its towers; the references come from tests/oracle/make_llava.py."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from conversion.safetensors_io import open_checkpoint
+from conversion.safetensors_write import write_safetensors
+from jaxlora.adapt import LoRAConfig, attach, partition
+from jaxlora.export import save_merged
+from jaxlora.load import LoadConfig, load
+from jaxlora.models.llava import SPEC
+from jaxlora.models.spec import Batch
+from jaxlora.nn import pixtral as pixtral_module
+from jaxlora.nn.attention import LayerInputs
+from jaxlora.nn.decoder import Execution
+from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
+from jaxlora.nn.vision import fuse
+from jaxlora.select import by_flags, by_pattern, expand, is_stacked
+from jaxlora.weights.dense import Dense
+from tests.jaxlora import reference
+from tests.jaxlora.models.llava import (
+    CONFIGS,
+    NAMES,
+    USED,
+    at_tokens,
+    expected,
+    inputs,
+    loaded,
+    logits_of,
+    micro,
+    runner,
+    shared_model,
+    values,
+)
+from tests.tolerances import LOGITS_FP32, PACKED_FP32, SENSITIVITY
+
+every_tower = pytest.mark.parametrize("name", NAMES)
+# SigLIP's differs from CLIP's where patches become states.
+two_towers = pytest.mark.parametrize("name", ["llava", "llava_pixtral"])
+
+
+@every_tower
+def test_logits_are_those_of_transformers(name):
+    assert np.abs(at_tokens(name, runner(name)(micro(name))) - at_tokens(name, expected(name)["logits"])).max() <= LOGITS_FP32
+
+
+def states_of(model, batch, monkeypatch):
+    """The output of every layer of both towers, by path."""
+    real, states = Stack.__call__, {}
+
+    def recording(stack, *arguments, collect=(), **options):
+        x, collected, outs = real(stack, *arguments, **options, collect=[*range(1, stack.depth + 1), *collect])
+        states.update({f"{stack.path}.{i}": state for i, state in enumerate(collected[: stack.depth])})
+        return x, collected[stack.depth :], outs
+
+    monkeypatch.setattr(Stack, "__call__", recording)
+    model(batch, Execution())
+    return states
+
+
+def by_patch(name, ours, theirs):
+    """(ours, theirs) [patches, D]; CLIP's have a class token before each image's patches."""
+    used = USED[name] + 4 * (name == "llava" and theirs.shape[-2] % 10 == 0)
+    return ours[0, :used], theirs.reshape(used, -1)
+
+
+@every_tower
+def test_every_layer_of_both_towers_gives_what_transformers_gives(name, monkeypatch):
+    found = states_of(shared_model(name), micro(name), monkeypatch)
+    assert len(found) == sum(config["num_hidden_layers"] for config in (CONFIGS[name]["text_config"], CONFIGS[name]["vision_config"]))
+    for path, state in found.items():
+        theirs = expected(name)[f"module:{path}"]
+        pair = by_patch(name, state, theirs) if "vision" in path else [at_tokens(name, array) for array in (state, theirs)]
+        assert np.abs(pair[0] - pair[1]).max() <= LOGITS_FP32, path
+
+
+@every_tower
+def test_projector_and_final_norm_give_what_transformers_gives(name):
+    model, batch = shared_model(name).model, micro(name)
+    features = model.multi_modal_projector(model.vision_tower(batch, Execution(), jnp.float32), None)
+    ours, theirs = by_patch(name, features, expected(name)["module:model.multi_modal_projector"])
+    assert np.abs(ours - theirs).max() <= LOGITS_FP32
+    hidden, _ = shared_model(name)(batch, Execution())
+    assert np.abs(at_tokens(name, hidden) - at_tokens(name, expected(name)["module:model.language_model.norm"])).max() <= LOGITS_FP32
+
+
+def layers_of(stack):
+    """The layers one by one."""
+    for i in range(stack.depth):
+        key = next(k for run in stack.runs for k in run.keys if i in range(*map(int, k.split(":"))))
+        at = list(range(*map(int, key.split(":")))).index(i)
+        graphdef, state = nnx.split(getattr(stack, key))
+        yield nnx.merge(graphdef, jax.tree.map(lambda a, at=at: a[at], state))
+
+
+@two_towers
+def test_every_attention_and_mlp_of_both_towers_gives_what_transformers_gives(name, monkeypatch):
+    batch, model = micro(name), shared_model(name).model
+    tower, seen = model.vision_tower, {}
+    real = Stack.__call__
+
+    def recording(stack, x, shared, *arguments, **options):
+        seen.setdefault(stack.path, (x, shared))
+        return real(stack, x, shared, *arguments, **options)
+
+    # What a tower gives its layers.
+    monkeypatch.setattr(Stack, "__call__", recording)
+    features = model.multi_modal_projector(tower(batch, Execution(), jnp.float32), None)
+    [(path, (x, shared))] = seen.items()
+    first, second = ("attention", "feed_forward") if "pixtral" in name else ("self_attn", "mlp")
+    norms = ("attention_norm", "ffn_norm") if "pixtral" in name else ("layer_norm1", "layer_norm2")
+    for i, layer in enumerate(layers_of(tower.transformer.layers if "pixtral" in name else tower.encoder.layers)):
+        attended = getattr(layer, first)(getattr(layer, norms[0])(x), shared, {})
+        made = getattr(layer, second)(getattr(layer, norms[1])(x + attended), {})
+        for part, state in ((first, attended), (second, made)):
+            ours, theirs = by_patch(name, state, expected(name)[f"module:{path}.{i}.{part}"])
+            assert np.abs(ours - theirs).max() <= LOGITS_FP32, (i, part)
+        x = x + attended + made
+    decoder, segments = model.language_model, (batch.segment_starts, batch.segment_lengths)
+    shared, x = (
+        decoder.shared(batch.position_ids, segments, jnp.float32),
+        fuse(decoder.embed_tokens(batch.input_ids), features, batch.vision_index),
+    )
+    for i, layer in enumerate(layers_of(decoder.layers)):
+        attended = layer.self_attn(layer.input_layernorm(x), shared, LayerInputs())[0]
+        made = layer.mlp(layer.post_attention_layernorm(x + attended))
+        for part, state in (("self_attn", attended), ("mlp", made)):
+            theirs = expected(name)[f"module:model.language_model.layers.{i}.{part}"]
+            assert np.abs(at_tokens(name, state) - at_tokens(name, theirs)).max() <= LOGITS_FP32, (i, part)
+        x = x + attended + made
+
+
+@two_towers
+def test_bf16_logits_are_as_near_as_those_of_transformers(name):
+    ours = at_tokens(name, logits_of(loaded(name, "bfloat16").model, micro(name)))
+    assert np.sqrt(np.mean((ours - at_tokens(name, expected(name)["logits"])) ** 2)) <= 1.2 * expected(name)["bf16_error"]
+
+
+@every_tower
+def test_what_is_in_the_padding_changes_nothing(name):
+    batch, used = micro(name), USED[name]
+    noisy = dataclasses.replace(
+        batch, patches=batch.patches.at[:, used:].set(7.0), patch_positions=batch.patch_positions.at[:, used:].set(2)
+    )
+    assert np.array_equal(runner(name)(batch), runner(name)(noisy))
+
+
+@two_towers
+def test_data_shards_change_nothing(name):
+    one, two = runner(name)(micro(name, rows=4)), runner(name)(micro(name, rows=4, shards=2))
+    assert np.abs(at_tokens(name, one[:3]) - at_tokens(name, two[:3])).max() <= LOGITS_FP32
+
+
+@two_towers
+def test_packed_rows_are_the_same_rows_alone(name):
+    given, mask = inputs(name), inputs(name)["attention_mask"].astype(bool)
+    packed = {key: array for key, array in given.items() if key in ("pixel_values", "image_sizes")}
+    packed["input_ids"] = np.concatenate([row[kept] for row, kept in zip(given["input_ids"], mask, strict=True)])[None]
+    ours = runner(name)(micro(name, {**packed, "segment_lengths": mask.sum(1)[None]}, tokens=112, rows=1, segments=3))[0, : mask.sum()]
+    assert np.abs(ours - at_tokens(name, expected(name)["logits"])).max() <= LOGITS_FP32
+
+
+@two_towers
+def test_remat_changes_nothing(name):
+    again = logits_of(shared_model(name), micro(name), Execution(checkpoint=True, remat=jax.checkpoint_policies.nothing_saveable))
+    assert np.abs(again - runner(name)(micro(name))).max() <= PACKED_FP32
+
+
+def unused(name, path, layer):
+    """Whether a feature of layer -2 does without: the tower's last layer, and the norm after it."""
+    return "pixtral" not in name and ("post_layernorm" in path or ("vision_tower.encoder.layers" in path and layer == 2))
+
+
+@every_tower
+def test_every_parameter_of_every_layer_that_a_feature_needs_moves_the_logits(name):
+    leaves = flatten_leaves(nnx.to_pure_dict(nnx.state(shared_model(name))))
+    batch = micro(name)
+    base = at_tokens(name, runner(name)(batch))
+
+    def moved(stacked, layer):
+        zeroed = jax.tree.map(lambda a: a.at[layer].set(0), leaves[stacked])
+        return np.abs(at_tokens(name, runner(name)(batch, nest({**leaves, stacked: zeroed}))) - base).max()
+
+    places = [(path, i if is_stacked(path) else ...) for path in leaves for i in range(len(expand(path)))]
+    still = {(path, layer) for path, layer in places if not moved(path, layer) > SENSITIVITY}
+    # Without rotation a bias of the keys adds the same to every logit of a query, which a softmax does not see.
+    keys = {(p, i) for p, i in places if "vision_tower" in p and p.endswith("k_proj.bias")}
+    assert still == keys | {(path, layer) for path, layer in places if unused(name, path, layer)}
+
+
+FIELDS = ("patches", "position_ids", "patch_segment_lengths", "vision_index", "patch_positions")
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n in NAMES for f in FIELDS if (n, f) != ("llava", "patch_positions")])
+def test_every_field_of_the_batch_moves_the_logits(name, field):
+    batch = micro(name)
+    other = {"patch_segment_lengths": lambda a: a.at[:, 0].add(a[:, 1]).at[:, 1].set(0)}.get(field, lambda a: 0 * a)
+    changed = dataclasses.replace(batch, **{field: other(getattr(batch, field))})
+    assert np.abs(runner(name)(changed) - runner(name)(batch)).max() > SENSITIVITY
+
+
+def test_rows_and_columns_turn_by_different_frequencies(monkeypatch):
+    batch = micro("llava_pixtral")
+    # Compiled before the patch, whichever test of the process comes first.
+    base = runner("llava_pixtral")(batch)
+    monkeypatch.setattr(pixtral_module, "frequencies", lambda config, real=pixtral_module.frequencies: real(config)[::-1])
+    assert np.abs(logits_of(shared_model("llava_pixtral"), batch) - base).max() > SENSITIVITY
+
+
+@every_tower
+def test_a_text_model_needs_no_image(name):
+    ours = runner(name)(micro(name, {"input_ids": inputs(name)["input_ids"][1:2, :17]}, patches=0, rows=1))[0, :17]
+    assert np.abs(ours - expected(name)["logits"][1, :17]).max() <= LOGITS_FP32
+
+
+@two_towers
+def test_generation_continues_a_prompt_with_images_as_one_forward_pass_would(name):
+    model, given = shared_model(name), inputs(name)
+    row = int(given["attention_mask"][0].sum())
+    known = row - 3
+    caches = model.init_caches(1, row, jnp.float32)
+    images = {key: array[:2] for key, array in given.items() if key in ("pixel_values", "image_sizes")}
+    prompt = micro(name, {"input_ids": given["input_ids"][:1, :known], **images}, tokens=known, rows=1)
+    hidden, caches = model(prompt, Execution(), caches=caches, column=jnp.array([0]))
+    segment = jnp.ones((1, 1), jnp.int32)
+    for at in range(known, row):
+        ids = jnp.asarray(given["input_ids"][:1, at : at + 1])
+        step = Batch(input_ids=ids, labels=ids, position_ids=at * segment, segment_starts=0 * segment, segment_lengths=segment)
+        hidden, caches = model(step, Execution(), caches=caches, column=jnp.array([at]))
+        assert np.abs(model.head().logits(hidden)[0, 0] - expected(name)["logits"][0, at]).max() <= LOGITS_FP32, at
+
+
+@two_towers
+def test_every_parameter_and_every_adapter_that_a_feature_needs_is_trained(name):
+    model = loaded(name).model
+    attach(model, by_flags(linear_paths(model), targets="all-linear"), LoRAConfig(r=2, init_lora_weights=False))
+    graphdef, trainable, frozen = partition(model, full=True)
+
+    @jax.jit
+    @jax.grad
+    def gradient(trainable):
+        whole = nest({**flatten_leaves(trainable), **flatten_leaves(frozen)})
+        return jnp.mean(jnp.square(logits_of(nnx.merge(graphdef, whole), micro(name))[:, :34]))
+
+    flat = flatten(gradient(trainable))
+    still = {path for path, leaf in flat.items() if not all(map(jnp.any, jax.tree.leaves(leaf)))}
+    assert still == {path for path in flat if unused(name, path, 2 if ".layers.2." in path else 0)}
+    assert any("multi_modal_projector.linear_1.lora_A" in path for path in flat)
+    # What the trainer is told, so that it does not take these adapters for dead ones.
+    adapted, spec = [path for path in flat if path.endswith("lora_B")], loaded(name).spec
+    assert {path for path in adapted if spec.unused(loaded(name).config, path)} == still & set(adapted)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("llava", "fc1"), ("llava", "out_proj"), ("llava_pixtral", "up_proj"), ("llava", "multi_modal_projector.linear_1")]
+)
+def test_dropout_follows_its_key(name, target):
+    model = loaded(name).model
+    attach(model, by_pattern(linear_paths(model), [target]), LoRAConfig(r=2, lora_dropout=0.5, init_lora_weights=False))
+    graphdef, state = nnx.split(model)
+    loss = jax.jit(lambda key: jnp.sum(logits_of(nnx.merge(graphdef, state), micro(name), Execution(dropout_key=key)) ** 2))
+    a, again, b = (loss(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert a == again != b
+
+
+@two_towers
+def test_quantising_leaves_tower_and_projector_as_they_are(name):
+    kept, formats = loaded(name, load_in_4bit=True).kept, loaded(name, load_in_4bit=True).formats
+    paths = linear_paths(shared_model(name))
+    assert set(kept) == {p for p in paths if "language_model" not in p}
+    assert {path for path, form in formats.items() if form == "Int4"} == {p for p in paths if "language_model" in p}
+
+
+@every_tower
+@pytest.mark.parametrize("spelling", SPEC.rules.spellings, ids=lambda s: s.name)
+def test_every_spelling_loads_to_the_same_bits(name, spelling, tmp_path):
+    checkpoint = open_checkpoint(reference.reference_folder(name))
+    hub = SPEC.rules.detect(checkpoint.names())
+    tensors = {spelling.to_disk(hub.to_path(key)): checkpoint.read(key) for key in checkpoint.names()}
+    extra = {spelling.to_disk("model.vision_tower.head.probe"): np.zeros((1, 1, 36), np.float32)} if name == "llava_siglip" else {}
+    write_safetensors(tmp_path / "model.safetensors", {**tensors, **extra})
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    held = flatten(nnx.to_pure_dict(nnx.state(load(tmp_path, LoadConfig(dtype="bfloat16")).model)))
+    arrays = {path: leaf.array if isinstance(leaf, Dense) else leaf for path, leaf in held.items()}
+    assert sorted(spelling.to_disk(path) for path in arrays) == sorted(tensors)
+    for path, array in arrays.items():
+        assert np.asarray(array).tobytes() == np.asarray(tensors[spelling.to_disk(path)]).tobytes(), path
+
+
+@every_tower
+@pytest.mark.parametrize("full", [False, True])
+def test_a_model_is_written_as_it_was_read(name, full, tmp_path):
+    model = loaded(name, "bfloat16")
+    _, trainable, frozen = partition(model.model, full=full)
+    save_merged(tmp_path / "m", trainable=trainable, frozen=frozen, loaded=model)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "m" / file).read_bytes() == (reference.reference_folder(name) / file).read_bytes()
+
+
+@every_tower
+@pytest.mark.parametrize("file", ["config.json", "config_v5.json"])
+def test_old_and_new_configs_mean_the_same(name, file):
+    raw = json.loads((reference.reference_folder(name) / file).read_text())
+    assert SPEC.read(raw) == SPEC.read(CONFIGS[name])
+    assert SPEC.values(raw) == values(name)
+
+
+def test_the_hubs_sparse_file_of_llava_1_5_is_read():
+    vision = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    raw = {
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064},
+        "tie_word_embeddings": False,
+        "vision_config": {**vision, "model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 768, "vocab_size": 32000},
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+    }
+    config, found = SPEC.read(raw), SPEC.values(raw)
+    assert (config.feature_layer, config.vision.side, config.text.hidden_size, len(config.text.windows)) == (23, 24, 4096, 32)
+    assert (found.vocab_size, found.pad_token_id, found.vision.grid) == (32064, 32001, (1, 24, 24))
+
+
+def test_the_hubs_sparse_file_of_pixtral_is_read():
+    text = {"head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 14336, "is_composition": True}
+    text |= {"max_position_embeddings": 1024000, "model_type": "mistral", "num_hidden_layers": 40, "num_key_value_heads": 8}
+    vision = {"head_dim": 64, "hidden_act": "silu", "image_size": 1024, "is_composition": True, "model_type": "pixtral", "patch_size": 16}
+    raw = {
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_seq_length": 1,
+        "image_token_index": 10,
+        "projector_hidden_act": "gelu",
+        "text_config": {**text, "rms_norm_eps": 1e-05, "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072},
+        "vision_config": {**vision, "rope_theta": 10000.0, "tie_word_embeddings": False},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+    config, found = SPEC.read(raw), SPEC.values(raw)
+    assert (config.feature_layer, config.vision.head_dim, config.text.windows[0], config.text.num_attention_heads) == (24, 64, None, 32)
+    assert (found.vision.image_token_id, found.vision.row_breaks, found.vision.patch_elements) == (10, True, 768)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llava", {"pixel_values": np.zeros((4, 3, 16, 12))}, r"expected \[images, channels, 12, 12\]"),
+        ("llava_pixtral", {"image_sizes": None}, "image_sizes are"),
+        ("llava_pixtral", {"image_sizes": np.full((4, 2), 64)}, "image_sizes are"),
+        ("llava_pixtral", {"image_sizes": np.full((4, 2), 6)}, "must be multiples of 4 pixels, got image 0 of 6 x 6"),
+        ("llava_pixtral", {"image_sizes": np.full((4, 2), 8)}, "row 0: the image at token 3 has 4 features"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(name, change, message):
+    given = {key: array for key, array in {**inputs(name), **change}.items() if array is not None}
+    with pytest.raises(ValueError, match=message):
+        micro(name, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llava", {"use_qk_norm": True}, "use_qk_norm = True is unknown"),
+        ("llava", {"projector_hidden_act": "relu"}, "projector_hidden_act = 'relu' is not implemented"),
+        ("llava", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy = 'full' is not implemented for clip_vision"),
+        ("llava", {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer = \[-2, -5\] is not implemented"),
+        ("llava", {"vision_feature_layer": -5}, "vision_feature_layer = -5 is not implemented"),
+        ("llava", {"vision_config": {"hidden_act": "relu"}}, "hidden_act = 'relu' is not implemented"),
+        ("llava", {"vision_config": {"model_type": "dinov2"}}, "vision_config is of model_type 'dinov2'"),
+        ("llava", {"text_config": {"model_type": "phi"}}, "text_config is of model_type 'phi'"),
+        ("llava", {"vision_config": {"num_attention_heads": 5}}, "hidden_size=36 must be a multiple of num_attention_heads=5"),
+        ("llava_pixtral", {"vision_config": {"hidden_act": "gelu"}}, "hidden_act = 'gelu' is not implemented in Pixtral's tower"),
+        ("llava_pixtral", {"vision_config": {"head_dim": 16}}, "head_dim = 16 is not implemented"),
+        ("llava_pixtral", {"vision_config": {"head_dim": None, "num_attention_heads": 20}}, "the head size 2 must be a multiple of 4"),
+        ("llava_pixtral", {"vision_config": {"num_attention_heads": 3}}, "hidden_size=40 must be a multiple of num_attention_heads=3"),
+        ("llava_pixtral", {"vision_feature_select_strategy": "default"}, "is not implemented for pixtral; expected 'full'"),
+    ],
+)
+def test_what_is_not_modelled_is_refused(name, change, message):
+    config = CONFIGS[name]
+    nested = {key: {**config[key], **value} if isinstance(value, dict) else value for key, value in change.items()}
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        SPEC.read({**config, **nested})
