@@ -8,10 +8,11 @@ _os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 _os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from jaxlora.api.collator import UnslothVisionDataCollator, VisionDataCollator
-from jaxlora.api.config import SFTConfig, TrainingArguments
+from jaxlora.api.config import SFTConfig, TrainingArguments, UnslothTrainingArguments
 from jaxlora.api.fast import FastLanguageModel, FastModel, FastVisionModel
 from jaxlora.api.model import Model
-from jaxlora.api.trainer import SFTTrainer, train_on_responses_only
+from jaxlora.api.responses import train_on_responses_only
+from jaxlora.api.trainer import SFTTrainer, UnslothTrainer
 
 __all__ = [
     "FastLanguageModel",
@@ -21,6 +22,8 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "TrainingArguments",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
     "UnslothVisionDataCollator",
     "VisionDataCollator",
     "train_on_responses_only",

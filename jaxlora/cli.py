@@ -1,9 +1,11 @@
 """The command ``jaxlora``: arguments to recipes."""
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from jaxlora.recipes import environment, quickstart
+from jaxlora.train.loop import Interrupted
 
 
 def run_quickstart(output_dir: pathlib.Path = pathlib.Path("jaxlora_quickstart"), seed: int = 0) -> None:
@@ -22,7 +24,7 @@ def show_environment() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a subcommand; ``arguments`` None: those of the process.
+    """Runs a subcommand; ``arguments`` None: those of the process. A run that a signal stopped exits with 128 + its number.
 
     >>> # main(["quickstart", "--output-dir", "out"])
 
@@ -33,12 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError as error:
         raise ImportError("the command line needs tyro: pip install 'jaxlora[cli]'") from error
-    tyro.extras.subcommand_cli_from_dict(
-        {"quickstart": run_quickstart, "env": show_environment},
-        prog="jaxlora",
-        description="LoRA and QLoRA fine-tuning of language and vision-language models in JAX.",
-        args=arguments,
-    )
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"quickstart": run_quickstart, "env": show_environment},
+            prog="jaxlora",
+            description="LoRA and QLoRA fine-tuning of language and vision-language models in JAX.",
+            args=arguments,
+        )
+    except Interrupted as stopped:
+        print(f"jaxlora: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signum) from None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ NAMES = {
     "SFTConfig",
     "SFTTrainer",
     "TrainingArguments",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
     "UnslothVisionDataCollator",
     "VisionDataCollator",
     "train_on_responses_only",
@@ -43,7 +45,8 @@ KEYWORDS = {
     "use_gradient_checkpointing",
     "FastVisionModel.get_peft_model": "finetune_last_n_layers layers_to_transform layers_pattern use_gradient_checkpointing random_state "
     "use_rslora modules_to_save init_lora_weights rank_pattern alpha_pattern",
-    "SFTTrainer": "tokenizer processing_class data_collator formatting_func dataset_text_field max_seq_length packing",
+    "SFTTrainer": "tokenizer processing_class data_collator formatting_func dataset_text_field max_seq_length packing callbacks optimizers",
+    "UnslothVisionDataCollator": "image_root",
     "train_on_responses_only": "last_response_only tokenizer return_function num_proc",
     "Model.generate": "max_new_tokens seed eos_token_id",
     "Model.save_pretrained_merged": "base_folder",
@@ -69,7 +72,7 @@ DEFAULTS = {
         "finetune_language_layers": True,
         "finetune_attention_modules": True,
         "finetune_mlp_modules": True,
-        "use_gradient_checkpointing": "unsloth",
+        "use_gradient_checkpointing": None,
     },
     "FastLanguageModel.get_peft_model": {
         "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ class UnslothVisionDataCollator:
       completion_only_loss: of prompt and completion, train the completion.
       pad_to_multiple_of: rounds the length of the micro-batch up.
       resize_dimension: the side that ``resize`` compares: 0 width, 1 height, "max" or "min" of both.
+      image_root: the folder that image paths are relative to, and may not leave; None: any path that this process can read.
       snap_to_patch_size: sides of resized images become multiples of two patches.
 
     Raises:
@@ -63,6 +65,8 @@ class UnslothVisionDataCollator:
         pad_to_multiple_of: int | None = None,
         resize_dimension: Literal[0, 1, "max", "min"] = 0,
         snap_to_patch_size: bool = False,
+        *,
+        image_root: str | pathlib.Path | None = None,
     ):
         if getattr(processor, "image_processor", None) is None:
             raise TypeError(f"{type(processor).__name__} has no image_processor: this collator is only for image models")
@@ -84,14 +88,15 @@ class UnslothVisionDataCollator:
             markers=make_markers(tokenizer, instruction_part, response_part, force_match=force_match) if by_markers else None,
             completion_only_loss=completion_only_loss,
             pad_to_multiple_of=pad_to_multiple_of,
+            image_root=image_root,
         )
 
     def __call__(self, rows: Sequence[Any]) -> Inputs:
         """input_ids, attention_mask, labels, mm_token_type_ids [b, s]; pixel_values [patches, E] and image_grid_thw [images, 3] if any."""
         return collate(rows, self.processor, self.options)
 
-    def measure(self, row: Any, *, where: str = "row") -> tuple[int, int]:
-        """(tokens, patches) of a row, without decoding its images."""
+    def measure(self, row: Any, *, where: str = "row") -> tuple[int, int, int]:
+        """(tokens, patches, frames) of a row, without decoding its images."""
         return measure_row(row, self.processor, self.options, where=where)
 
 

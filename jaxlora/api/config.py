@@ -26,7 +26,7 @@ IGNORED = (
     "hub_model_id hub_token hub_strategy logging_dir logging_strategy logging_first_step logging_nan_inf_filter disable_tqdm log_level "
     "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers group_by_length "
     "length_column_name ddp_find_unused_parameters ddp_timeout torch_compile torch_compile_backend use_cpu no_cuda fsdp fsdp_config "
-    "deepspeed gradient_checkpointing gradient_checkpointing_kwargs save_safetensors save_only_model load_best_model_at_end "
+    "deepspeed gradient_checkpointing gradient_checkpointing_kwargs save_safetensors save_only_model "
     "average_tokens_across_devices include_num_input_tokens_seen prediction_loss_only padding_free eval_accumulation_steps "
     "auto_find_batch_size skip_memory_metrics torch_empty_cache_steps optim_args seed_worker overwrite_output_dir do_train do_eval"
 ).split()
@@ -43,6 +43,7 @@ class _Known:
     max_steps: int = -1
     num_train_epochs: float = 3.0
     learning_rate: float = 5e-5
+    embedding_learning_rate: float | None = None
     lr_scheduler_type: str = "linear"
     warmup_steps: int = 0
     warmup_ratio: float = 0.0
@@ -60,6 +61,9 @@ class _Known:
     save_total_limit: int | None = None
     eval_strategy: str = "no"
     eval_steps: int | None = None
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    load_best_model_at_end: bool = False
     max_length: int | None = None
     max_seq_length: int | None = None
     packing: bool = False
@@ -69,6 +73,7 @@ class _Known:
     shuffle_dataset: bool = True
     dataloader_drop_last: bool = False
     full_determinism: bool = False
+    max_memory_gib: float | None = None
 
 
 class SFTConfig(_Known):
@@ -76,7 +81,9 @@ class SFTConfig(_Known):
 
     ``max_steps`` beats ``num_train_epochs``; ``warmup_steps`` beats ``warmup_ratio``. ``max_length`` (or ``max_seq_length``) cuts longer
     text rows; None takes the model's limit. ``packing`` fills rows with several documents that never see each other.
+    ``embedding_learning_rate`` is for an embedding and a head that are trained whole (``modules_to_save``, full fine-tuning).
     ``assistant_only_loss`` trains the assistant's turns only. ``full_determinism`` asks for the same bits in every run.
+    ``max_memory_gib`` is what ``use_gradient_checkpointing="auto"`` may use; None: all that the device has.
 
     >>> SFTConfig(max_steps=10, learning_rate=2e-4).total_steps(rows=100)
     10
@@ -110,6 +117,7 @@ class SFTConfig(_Known):
         """The optimizer's arguments for a run of that length."""
         return OptimConfig(
             learning_rate=self.learning_rate,
+            embedding_learning_rate=self.embedding_learning_rate,
             lr_scheduler_type=str(self.lr_scheduler_type),
             warmup_steps=self.warmup_steps or math.ceil(self.warmup_ratio * total_steps),
             total_steps=total_steps,
@@ -141,8 +149,15 @@ class SFTConfig(_Known):
                     f"{name} must be one of {STRATEGIES}, got {getattr(self, name)!r}{nearest(str(getattr(self, name)), STRATEGIES)}"
                 )
         raise_all("the training arguments are wrong", faults)
+        if self.load_best_model_at_end:
+            raise NotImplementedError(
+                "load_best_model_at_end=True is not available: every checkpoint-N folder is an adapter that from_pretrained loads, and "
+                "trainer.state.best_global_step says which (with metric_for_best_model)"
+            )
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
 
-TrainingArguments = SFTConfig
+TrainingArguments = UnslothTrainingArguments = SFTConfig
 
 _RENAMED = {"evaluation_strategy": "eval_strategy", "learning_rate_scheduler": "lr_scheduler_type"}

@@ -1,12 +1,13 @@
 """What a trainer reads: rows with known sizes, and micro-batches of them with Hugging Face's names."""
 
 import concurrent.futures
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxlora.data.batches import Batch, ModelValues, make_batch, split_rows
+from jaxlora.data.batches import Batch, ModelValues, make_batch
 from jaxlora.data.chat import IGNORE, ChatOptions, Encoded, encode
 from jaxlora.data.ladder import ladder, padding_waste, smallest_that_holds
 from jaxlora.data.order import DataState, next_rows
@@ -18,9 +19,10 @@ from jaxlora.errors import raise_all
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows by number. ``lengths`` are (tokens, patches); ``segments`` and ``images`` the most that a row has."""
+    """Rows by number: ``lengths`` are (tokens, patches), ``frames`` counts images and video frames; ``segments`` is the most of any row."""
 
     lengths: list[tuple[int, int]]
+    frames: list[int]
     segments: int
 
     def inputs(self, rows: Sequence[int]) -> Mapping[str, Any]:
@@ -41,6 +43,7 @@ class TextSource:
             packed = pack(encoded, pack_to)
             self._rows = [(row["input_ids"][0], row["labels"][0], tuple(row["segment_lengths"][0].tolist())) for row in packed]
         self.lengths = [(len(ids), 0) for ids, _, _ in self._rows]
+        self.frames = [0] * len(self._rows)
         self.segments = max(len(lengths) for _, _, lengths in self._rows)
 
     def inputs(self, rows: Sequence[int]) -> Mapping[str, Any]:
@@ -63,7 +66,9 @@ class CollatedSource:
 
     def __init__(self, rows: Sequence[Any], collator: Any):
         self._rows, self._collator = rows, collator
-        self.lengths = [collator.measure(rows[i], where=f"row {i}") for i in range(len(rows))]
+        sizes = [collator.measure(rows[i], where=f"row {i}") for i in range(len(rows))]
+        self.lengths = [(tokens, patches) for tokens, patches, _ in sizes]
+        self.frames = [frames for _, _, frames in sizes]
 
     def inputs(self, rows: Sequence[int]) -> Mapping[str, Any]:
         """What the collator makes of these rows."""
@@ -103,19 +108,20 @@ class Batches:
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.shapes = ladder(source.lengths, rows=rows, shards_per_step=accumulate)
         self.waste = padding_waste(self.shapes, source.lengths, rows=rows, shards_per_step=accumulate)
-        self._frames = 4
+        # A static size too, so it is the most that any micro-batch of any order can have.
+        self.frames = sum(sorted(source.frames)[-rows:])
 
     def __iter__(self) -> Iterator[Batch]:
         return self.starting(0)
 
-    def starting(self, step: int) -> Iterator[Batch]:
-        """The steps from that one on, for ever."""
+    def starting(self, step: int, stop: int | None = None) -> Iterator[Batch]:
+        """The steps from that one on, up to ``stop`` or for ever."""
         with concurrent.futures.ThreadPoolExecutor(1) as worker:
-            plans = self._plans(step)
-            ahead = worker.submit(self.batch, next(plans))
-            while True:
-                following = worker.submit(self.batch, next(plans))
-                yield ahead.result()
+            plans = itertools.islice(self._plans(step), None if stop is None else stop - step)
+            ahead = [worker.submit(self.batch, plan) for plan in itertools.islice(plans, 1)]
+            while ahead:
+                following = [worker.submit(self.batch, plan) for plan in itertools.islice(plans, 1)]
+                yield ahead[0].result()
                 ahead = following
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -126,12 +132,14 @@ class Batches:
         patches = max(sum(lengths[i][1] for i in group) for group in groups)
         shape = smallest_that_holds(self.shapes, tokens, patches, rows=self.rows)
         inputs = [self.source.inputs(group) for group in groups]
-        frames = max((sum(run.grid[0] for row in split_rows(one, self.values) for run in row.runs) for one in inputs), default=0)
-        # The number of frames is a static size too: it only ever grows, in powers of two.
-        self._frames = max(self._frames, 1 << max(frames - 1, 0).bit_length())
         return make_batch(
-            inputs, self.values, shape, rows=self.rows, segments=self.source.segments, images=self._frames, accumulate=self.accumulate
+            inputs, self.values, shape, rows=self.rows, segments=self.source.segments, images=self.frames, accumulate=self.accumulate
         )
+
+    def largest(self) -> Batch:
+        """An empty step of the largest shape."""
+        sizes = {"segments": self.source.segments, "images": self.frames, "accumulate": self.accumulate}
+        return make_batch([], self.values, self.shapes[-1], rows=self.rows, **sizes)
 
     def epoch(self, step: int) -> float:
         """How many epochs ``step`` steps are."""

@@ -3,8 +3,6 @@
 import dataclasses
 import inspect
 import logging
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from jaxlora.errors import nearest
 from jaxlora.load import LoadConfig, Loaded, describe_formats, load, read_config
 from jaxlora.nn.stack import linear_paths, linears
 from jaxlora.select import Selection
+from jaxlora.train.meters import shows_bars
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +119,7 @@ class FastModel:
         finetune_last_n_layers: int | None = None,
         layers_to_transform: int | Sequence[int] | None = None,
         layers_pattern: str | Sequence[str] | None = None,
-        use_gradient_checkpointing: bool | str = "unsloth",
+        use_gradient_checkpointing: bool | str | None = None,
         random_state: int = 3407,
         use_rslora: bool = False,
         modules_to_save: Sequence[str] | None = None,
@@ -131,6 +130,8 @@ class FastModel:
     ) -> Model:
         """Attaches LoRA to the Linears of the towers and kinds that are switched on; ``target_modules`` as in PEFT narrows them.
 
+        ``use_gradient_checkpointing`` None keeps what from_pretrained was told.
+
         Raises:
           RuntimeError: the model has an adapter already.
           ValueError: a target that hits nothing, flags that select nothing, a wrong number.
@@ -139,37 +140,22 @@ class FastModel:
         if model.full_finetuning:
             log.warning("full fine-tuning trains every weight: get_peft_model has no effect")
             return model
-        if model.lora is not None:
-            raise RuntimeError("this model has LoRA adapters already: call from_pretrained again to attach others")
-        refuse_unavailable("get_peft_model", arguments, UNAVAILABLE_ADAPTING)
-        refuse_unknown("get_peft_model", arguments, IGNORED_ADAPTING, inspect.signature(FastModel.get_peft_model).parameters)
-        if bias != "none":
-            raise NotImplementedError(f'bias={bias!r} is not available: only bias="none", frozen biases')
+        _refuse_adapting(model, bias, arguments)
         targets, saved = _split_saved(target_modules, modules_to_save)
         config = adapt.LoRAConfig(
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights,
-            random_state=random_state,
-            rank_pattern=rank_pattern or {},
-            alpha_pattern=alpha_pattern or {},
-            modules_to_save=saved,
-        )
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora, init_lora_weights=init_lora_weights,
+            random_state=random_state, rank_pattern=rank_pattern or {}, alpha_pattern=alpha_pattern or {}, modules_to_save=saved,
+        )  # fmt: skip
         module = model.module()
         selection = select.by_flags(
-            linear_paths(module),
-            vision=finetune_vision_layers,
-            language=finetune_language_layers,
-            attention=finetune_attention_modules,
-            mlp=finetune_mlp_modules,
-            targets=targets,
-        )
+            linear_paths(module), vision=finetune_vision_layers, language=finetune_language_layers,
+            attention=finetune_attention_modules, mlp=finetune_mlp_modules, targets=targets,
+        )  # fmt: skip
         layers = _layers(_text(model.loaded).num_hidden_layers, layers_to_transform, finetune_last_n_layers)
         selection = select.of_layers(selection, layers, layers_pattern)
         _attach(model, module, selection, config)
-        model.use_gradient_checkpointing = use_gradient_checkpointing
+        if use_gradient_checkpointing is not None:
+            model.use_gradient_checkpointing = use_gradient_checkpointing
         model.print_trainable_parameters()
         return model
 
@@ -223,6 +209,16 @@ class FastLanguageModel:
         return model
 
 
+def _refuse_adapting(model: Model, bias: str, arguments: dict[str, Any]) -> None:
+    """What get_peft_model cannot do, with the reason."""
+    if model.lora is not None:
+        raise RuntimeError("this model has LoRA adapters already: call from_pretrained again to attach others")
+    refuse_unavailable("get_peft_model", arguments, UNAVAILABLE_ADAPTING)
+    refuse_unknown("get_peft_model", arguments, IGNORED_ADAPTING, inspect.signature(FastModel.get_peft_model).parameters)
+    if bias != "none":
+        raise NotImplementedError(f'bias={bias!r} is not available: only bias="none", frozen biases')
+
+
 def _settings(model: Model) -> dict[str, Any]:
     """The settings of a model's adapter that a second call can be compared with."""
     lora = model.lora
@@ -239,21 +235,19 @@ def _same(has: Any, wanted: Any) -> bool:
 def _keep_compiled_programs() -> None:
     """Turns the persistent compilation cache on, unless the user chose a place (JAX_COMPILATION_CACHE_DIR) or there is no accelerator."""
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxlora" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(folders.cache() / "xla"))
 
 
 def _load_with_progress(folder: Any, config: LoadConfig) -> Loaded:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, disable=not shows_bars()) as bar:
         task = bar.add_task("loading", total=None)
 
         def progress(_path: str, done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
         loaded = load(folder, config, progress=progress)
-    stored = f"int4/nf4 and 16-bit: {describe_formats(loaded)}" if loaded.formats else f"{config.compute_dtype.name} throughout"
-    print(f"jaxlora: {loaded.spec.architecture} from {folder} on {jax.devices()[0].device_kind}; {stored}")
+    print(f"jaxlora: {loaded.spec.architecture} from {folder} on {jax.devices()[0].device_kind}; {describe_formats(loaded)}")
     return loaded
 
 

@@ -1,6 +1,7 @@
 """From a name to a folder: a local one as it is, else a hub repository's safetensors snapshot."""
 
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
@@ -9,10 +10,16 @@ from typing import Any
 import huggingface_hub
 import transformers
 
+from conversion.atomic import files_into
 from jaxlora.data.processors import TOKENIZER_FILES, load_processor
 
 # Never weights that unpickle, never code.
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+def cache() -> pathlib.Path:
+    """Where what can be made again is kept: compiled programs, choices."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "jaxlora"
 
 
 def resolve(name: str | pathlib.Path, *, token: str | None = None, revision: str | None = None) -> pathlib.Path:
@@ -53,6 +60,12 @@ def processor_of(folders: Sequence[pathlib.Path], model_type: str) -> Any:
     """The processor (or tokenizer) of the first folder that has tokenizer files, else None with a warning."""
     found = next((folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)), folders[-1])
     return load_processor(found, model_type)
+
+
+def save_processor(processor: Any, folder: str | pathlib.Path) -> None:
+    """A processor's or tokenizer's files, each of which replaces an older one only when all are written."""
+    with files_into(folder) as new:
+        processor.save_pretrained(new)
 
 
 def hf_config(folder: pathlib.Path) -> Any:

@@ -24,6 +24,7 @@ from jaxlora.load import Loaded
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import flatten_leaves
 from jaxlora.select import Selection, expand
+from jaxlora.train.meters import shows_bars
 from jaxlora.train.step import merge_trees
 from jaxlora.typing import Array
 
@@ -55,7 +56,7 @@ class Output(dict[str, Any]):
 class Model:
     """A model on the device, as ``from_pretrained`` returns it.
 
-    It owns its arrays. While a trainer runs, the trainer holds what is trained; a use in between is refused with that reason.
+    It owns its arrays. While a trainer's steps run, the trainer holds what is trained; a use in between is refused with that reason.
     """
 
     def __init__(self, loaded: Loaded, parts: tuple[Any, Mapping[str, Any], Mapping[str, Any]], *, name: str, max_seq_length: int):
@@ -65,7 +66,7 @@ class Model:
         self.selection: Selection | None = None
         self.full_finetuning = False
         self.use_gradient_checkpointing: bool | str = "unsloth"
-        self._lent_to: str | None = None
+        self.lent_to: str | None = None
 
     @functools.cached_property
     def config(self) -> Any:
@@ -79,20 +80,20 @@ class Model:
         Raises:
           RuntimeError: a trainer holds it right now.
         """
-        if self._lent_to is not None:
+        if self.lent_to is not None:
             raise RuntimeError(
-                f"the trained parameters are with {self._lent_to}; they come back at its next save or evaluation, or when it ends"
+                f"the trained parameters are with {self.lent_to}; they come back at its next save, evaluation or callback, or when it ends"
             )
         return self._trainable
 
     def lend(self, to: str) -> Mapping[str, Any]:
         """Hands the trained parameters out, whose buffers the borrower may reuse."""
-        trainable, self._lent_to = self.trainable, to
+        trainable, self.lent_to = self.trainable, to
         return trainable
 
     def give_back(self, trainable: Mapping[str, Any]) -> None:
         """Takes the trained parameters back."""
-        self._trainable, self._lent_to = trainable, None
+        self._trainable, self.lent_to = trainable, None
 
     @property
     def state(self) -> dict[str, Any]:
@@ -209,7 +210,7 @@ class Model:
         if tokenizer is None:
             log.warning("no tokenizer was given: the one of the base folder was copied, if it has one")
         else:
-            tokenizer.save_pretrained(folder)
+            folders.save_processor(tokenizer, folder)
 
     def push_to_hub_merged(self, repo_id: str, tokenizer: Any = None, save_method: str = "merged_16bit", token: str | None = None) -> None:
         """Merges into a temporary folder and uploads it."""
@@ -231,7 +232,7 @@ class Model:
         )
 
     def _save_merged(self, folder: str | pathlib.Path, base_folder: str | pathlib.Path | None = None) -> None:
-        with Progress(transient=True) as bar:
+        with Progress(transient=True, disable=not shows_bars()) as bar:
             task = bar.add_task("merging", total=None)
             report = export.save_merged(
                 folder,

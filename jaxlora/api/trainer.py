@@ -11,29 +11,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
+from transformers import TrainerState
 
+from jaxlora.api import folders
+from jaxlora.api.callbacks import Callbacks
 from jaxlora.api.config import SFTConfig
 from jaxlora.api.dataset import Batches, CollatedSource, Source, TextSource, encode_rows
 from jaxlora.api.model import Model, refuse_unknown
 from jaxlora.data.batches import Batch, labelled_tokens
 from jaxlora.data.chat import ChatOptions
-from jaxlora.data.responses import make_markers, mask_to_responses
 from jaxlora.errors import raise_all
 from jaxlora.nn.decoder import Execution
-from jaxlora.train import checkpoint, loop
+from jaxlora.train import auto, checkpoint, loop
 from jaxlora.train.loss import loss_sum
-from jaxlora.train.optim import optimizer, schedule
+from jaxlora.train.optim import clipped, optimizer, schedule
 from jaxlora.train.remat import execution
-from jaxlora.train.step import make_step, merge_trees
+from jaxlora.train.step import make_step
 
 log = logging.getLogger(__name__)
 
-IGNORED = ("dataset_num_proc", "compute_metrics", "preprocess_logits_for_metrics", "callbacks", "optimizers", "peft_config", "model_init")
+_HOLDER = "a running trainer"
+IGNORED = ("dataset_num_proc",)
+_NO_LOGITS = "an evaluation keeps no logits, only eval_loss; generate and score in a callback's on_evaluate, which is given the model"
+# What is refused, and what to do instead.
+INSTEAD = {
+    "compute_metrics": _NO_LOGITS,
+    "preprocess_logits_for_metrics": _NO_LOGITS,
+    "peft_config": "call get_peft_model with its values before making the trainer",
+    "model_init": "pass the model",
+}
 # Settings that may differ between a checkpoint and the run that resumes it.
-FREE_TO_DIFFER = ("output_dir", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps")
+FREE_TO_DIFFER = (
+    "output_dir logging_steps save_strategy save_steps save_total_limit eval_strategy eval_steps metric_for_best_model greater_is_better"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,23 +57,19 @@ class TrainOutput:
     metrics: dict[str, float]
 
 
-@dataclasses.dataclass
-class TrainerState:
-    """``log_history`` as in transformers: one dict a logged step."""
-
-    global_step: int = 0
-    log_history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-
 class SFTTrainer:
     """Supervised fine-tuning of a model from ``get_peft_model`` (or a full fine-tuning one).
 
     Text rows (messages, conversations, prompt/completion, instruction/output, a text column) are tokenised at once; with a
     ``data_collator`` that has ``measure`` (UnslothVisionDataCollator), rows stay as they are until their step.
 
+    ``callbacks`` are transformers' TrainerCallbacks. ``optimizers`` is (an optax transformation, the schedule in it or None): it takes
+    the place of AdamW after clipping to ``max_grad_norm``, and the schedule is for the log alone.
+
     Raises:
       ValueError: an empty dataset; no labelled token; rows that cannot be read (all are listed).
-      TypeError: an argument that nobody knows.
+      NotImplementedError: ``compute_metrics`` and others that have another way here; says which.
+      TypeError: an argument that nobody knows, a callback or an optimizer that is none.
     """
 
     def __init__(
@@ -78,8 +86,13 @@ class SFTTrainer:
         dataset_text_field: str | None = None,
         max_seq_length: int | None = None,
         packing: bool | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
         **arguments: Any,
     ):
+        refused = [f"{name}: {INSTEAD[name]}" for name in INSTEAD if arguments.pop(name, None) is not None]
+        if refused:
+            raise NotImplementedError(f"SFTTrainer does not take {'; '.join(refused)}")
         refuse_unknown("SFTTrainer", arguments, IGNORED, inspect.signature(SFTTrainer).parameters)
         self.model, self.args = model, args or SFTConfig()
         self.processing_class = processing_class if processing_class is not None else tokenizer
@@ -93,7 +106,18 @@ class SFTTrainer:
             raise ValueError("train_dataset is missing")
         self.train_source = self._source(train_dataset)
         self.eval_source = None if eval_dataset is None else self._source(eval_dataset)
-        self.state = TrainerState()
+        self._optimizers = _checked_optimizers(*optimizers, self.args)
+        self._events = Callbacks(callbacks or (), self.args, model, self.processing_class)
+        self._events.notify("on_init_end", loop.Control())
+
+    @property
+    def state(self) -> TrainerState:
+        """transformers' record of the run: ``global_step``, ``epoch``, ``log_history`` with one dict a logged step, the best metric."""
+        return self._events.state
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a TrainerCallback, or an instance of a class of them."""
+        self._events.add(callback)
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
         """Runs to the end; ``resume_from_checkpoint`` True continues from the newest checkpoint of ``output_dir``, exactly.
@@ -107,28 +131,31 @@ class SFTTrainer:
             self.train_source, args.per_device_train_batch_size, args.gradient_accumulation_steps, shuffle=args.shuffle_dataset
         )
         total = args.total_steps(len(self.train_source.lengths))
-        config = args.optimizer(total)
-        adamw, rate = optimizer(config), schedule(config)
+        tx, rate = self._optimizer(total)
         dropout = model.lora is not None and model.lora.lora_dropout > 0
-        step = make_step(
-            model.graphdef,
-            adamw,
-            self._execution(),
-            dropout_key=jax.random.key(args.seed) if dropout else None,
-            deterministic=args.full_determinism,
-        )
+        options = {"dropout_key": jax.random.key(args.seed) if dropout else None, "deterministic": args.full_determinism}
         self._banner(batches, total)
-        trainable = model.lend("a running trainer")
-        state = loop.LoopState(trainable=trainable, opt_state=adamw.init(dict(trainable)))
+        step = self._step(functools.partial(make_step, model.graphdef, tx, **options), tx, batches)
+        trainable = model.lend(_HOLDER)
+        state = loop.LoopState(trainable=trainable, opt_state=tx.init(dict(trainable)))
+        self._events.begin(total, state)
+
+        def taking(trainable: Any, *rest: Any) -> Any:
+            # What was given back for a save, an evaluation or a callback is taken again: the step reuses its buffers.
+            if model.lent_to is None:
+                model.lend(_HOLDER)
+            return step(trainable, *rest)
+
         try:
             self._resume(state, resume_from_checkpoint)
             first = state.step
-            loop.run(
-                step, state, model.frozen, batches.starting(state.step), self._loop_config(total, batches), self._callbacks(batches, rate)
-            )
+            if first >= total:
+                print(f"jaxlora: the checkpoint is of step {first} and the run has {total}: nothing is left to train", flush=True)
+            rows = batches.starting(state.step, total)
+            loop.run(taking, state, model.frozen, rows, self._loop_config(total, batches), self._callbacks(batches, rate))
         finally:
             model.give_back(state.trainable)
-            self.state = TrainerState(state.step, state.log_history)
+            self._events.follow(state, batches.epoch(state.step))
         losses = state.losses
         metrics = {"train_loss": loop.mean_loss(losses), "train_steps": float(state.step - first), "first_step_s": state.first_step_s}
         return TrainOutput(state.step, loop.mean_loss(losses), metrics)
@@ -139,14 +166,24 @@ class SFTTrainer:
         Raises:
           ValueError: there is no eval_dataset.
         """
-        return self._evaluate(self.model.trainable)
+        if self.eval_source is None:
+            raise ValueError("there is no eval_dataset to evaluate on")
+        batches = self._batches(self.eval_source, self.args.per_device_eval_batch_size, 1, shuffle=False)
+        total, count = 0.0, 0
+        state = self.model.state
+        for batch in batches.starting(0, batches.steps_per_epoch):
+            total += float(_eval_loss(self.model.graphdef, state, jax.tree.map(lambda a: jnp.asarray(a[0]), batch)))
+            count += labelled_tokens(batch)
+        if not count:
+            raise ValueError("the evaluation rows have no labelled token")
+        return {"eval_loss": total / count}
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Saves the adapter (or the trained model) and the tokenizer."""
         folder = output_dir or self.args.output_dir
         self.model.save_pretrained(folder)
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+            folders.save_processor(self.processing_class, folder)
 
     def _source(self, rows: Any) -> Source:
         if not len(rows):
@@ -171,8 +208,21 @@ class SFTTrainer:
             source, values, rows=rows, accumulate=accumulate, seed=seed, shuffle=shuffle, drop_last=self.args.dataloader_drop_last
         )
 
-    def _execution(self) -> Execution:
-        return execution(self.model.use_gradient_checkpointing)
+    def _step(self, make: Callable[[Execution], jax.stages.Wrapped], tx: optax.GradientTransformation, batches: Batches) -> loop.Step:
+        """The step under the model's gradient checkpointing; "auto" is decided by the largest shape."""
+        policy, model = self.model.use_gradient_checkpointing, self.model
+        if policy == "auto":
+            trainable = dict(model.trainable)
+            arguments = (trainable, jax.eval_shape(tx.init, trainable), model.frozen, batches.largest(), jnp.int32(0))
+            limit_gib = self.args.max_memory_gib or auto.memory_gib()
+            choice = auto.choose(lambda p: make(execution(p)).lower(*arguments), limit_gib, cache=folders.cache() / "remat.json")
+            print(choice.describe(), flush=True)
+            policy = choice.policy
+        return make(execution(policy))
+
+    def _optimizer(self, total: int) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
+        config, (given, rate) = self.args.optimizer(total), self._optimizers
+        return (optimizer(config), schedule(config)) if given is None else (clipped(given, config.max_grad_norm), rate)
 
     def _loop_config(self, total: int, batches: Batches) -> loop.LoopConfig:
         def every(strategy: str, steps: int | None) -> int | None:
@@ -180,32 +230,36 @@ class SFTTrainer:
 
         return loop.LoopConfig(
             total_steps=total,
+            steps_per_epoch=batches.steps_per_epoch,
+            unused=functools.partial(self.model.loaded.spec.unused, self.model.loaded.config),
             logging_steps=self.args.logging_steps,
             save_steps=every(self.args.save_strategy, self.args.save_steps),
             eval_steps=every(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps),
         )
 
-    def _callbacks(self, batches: Batches, rate: optax.Schedule) -> loop.Callbacks:
-        def save(state: loop.LoopState) -> None:
-            self._save_checkpoint(state, batches)
+    def _callbacks(self, batches: Batches, rate: optax.Schedule | None) -> loop.Callbacks:
+        def save(state: loop.LoopState) -> pathlib.Path:
+            self.model.give_back(state.trainable)
+            return self._save_checkpoint(state, batches)
 
-        evaluate = None if self.eval_source is None else lambda state: self._evaluate(state.trainable)
-        return loop.Callbacks(rate=lambda step: float(jnp.asarray(rate(step))), epoch=batches.epoch, save=save, evaluate=evaluate)
+        def evaluate(state: loop.LoopState) -> dict[str, float]:
+            self.model.give_back(state.trainable)
+            return self.evaluate()
 
-    def _evaluate(self, trainable: Any) -> dict[str, float]:
-        if self.eval_source is None:
-            raise ValueError("there is no eval_dataset to evaluate on")
-        batches = self._batches(self.eval_source, self.args.per_device_eval_batch_size, 1, shuffle=False)
-        total, count = 0.0, 0
-        state = merge_trees(trainable, self.model.frozen)
-        for _, batch in zip(range(batches.steps_per_epoch), batches, strict=False):
-            total += float(_eval_loss(self.model.graphdef, state, jax.tree.map(lambda a: jnp.asarray(a[0]), batch)))
-            count += labelled_tokens(batch)
-        if not count:
-            raise ValueError("the evaluation rows have no labelled token")
-        return {"eval_loss": total / count}
+        def notify(event: str, state: loop.LoopState, control: loop.Control, **more: Any) -> None:
+            self.model.give_back(state.trainable)
+            self._events.follow(state, batches.epoch(state.step))
+            self._events.notify(event, control, **more)
 
-    def _save_checkpoint(self, state: loop.LoopState, batches: Batches) -> None:
+        return loop.Callbacks(
+            rate=lambda step: None if rate is None else float(jnp.asarray(rate(step))),
+            epoch=batches.epoch,
+            save=save,
+            notify=notify if self._events.wanted else None,
+            evaluate=None if self.eval_source is None else evaluate,
+        )
+
+    def _save_checkpoint(self, state: loop.LoopState, batches: Batches) -> pathlib.Path:
         model = self.model
 
         def extra(folder: pathlib.Path) -> None:
@@ -218,9 +272,11 @@ class SFTTrainer:
             "data": dataclasses.asdict(batches.state(state.step)),
             "config": self._settings(),
             "losses": state.losses,
+            "skipped": state.skipped,
             "log_history": state.log_history,
+            "best": self._events.best,
         }
-        checkpoint.save(
+        return checkpoint.save(
             pathlib.Path(self.args.output_dir),
             state.step,
             state.trainable,
@@ -240,6 +296,7 @@ class SFTTrainer:
     def _resume(self, state: loop.LoopState, wanted: bool | str | None) -> None:
         if not wanted:
             return
+        checkpoint.sweep(pathlib.Path(self.args.output_dir))
         if wanted is True:
             found = checkpoint.find_all(pathlib.Path(self.args.output_dir))
             if not found:
@@ -253,7 +310,9 @@ class SFTTrainer:
         faults = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in sorted({*now, *then}) if now.get(k) != then.get(k)]
         raise_all(f"{folder} was written by a run with other settings", faults)
         state.trainable, state.opt_state = checkpoint.restore(folder, state.trainable, state.opt_state)
-        state.step, state.losses, state.log_history = record["global_step"], record["losses"], record["log_history"]
+        state.step, state.skipped = record["global_step"], record["skipped"]
+        state.losses, state.log_history = record["losses"], record["log_history"]
+        self._events.best = record["best"]
 
     def _banner(self, batches: Batches, total: int) -> None:
         args, model = self.args, self.model
@@ -277,44 +336,19 @@ class SFTTrainer:
         print("\n".join(["jaxlora", *lines]), flush=True)
 
 
+UnslothTrainer = SFTTrainer
+
+
+def _checked_optimizers(tx: Any, rate: Any, args: SFTConfig) -> tuple[optax.GradientTransformation | None, optax.Schedule | None]:
+    if tx is not None and not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"optimizers=(an optax.GradientTransformation, …), got {type(tx).__name__}; torch's have no meaning here")
+    if rate is not None and tx is None:
+        raise TypeError("the second of optimizers is the schedule (step → rate) inside the first: build the optax transformation with it")
+    if tx is not None and args.embedding_learning_rate is not None:
+        raise ValueError("embedding_learning_rate is of the built-in optimizer: with optimizers=, use optax.partition")
+    return tx, rate
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _eval_loss(graphdef: Any, state: Any, batch: Batch) -> jax.Array:
     return loss_sum(nnx.merge(graphdef, state), batch, Execution(), head_grad=False)
-
-
-def train_on_responses_only(
-    trainer: SFTTrainer,
-    instruction_part: str | None = None,
-    response_part: str | None = None,
-    force_match: bool = True,
-    *,
-    last_response_only: bool = False,
-    tokenizer: Any = None,
-    return_function: bool = False,
-    num_proc: int | None = None,
-) -> Any:
-    """Masks everything but the responses, found by two marker strings, in the rows of a trainer for text; returns the trainer.
-
-    With ``return_function`` it returns instead the function (rows of ids, their labels) → labels. Rows without a target are dropped.
-
-    Raises:
-      ValueError: one marker without the other; no row has a target (says which marker never matched).
-    """
-    tokenizer = tokenizer or getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    markers = make_markers(tokenizer, instruction_part, response_part, force_match=force_match)
-
-    def mask(rows: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-        return mask_to_responses(rows, labels, markers, last_response_only=last_response_only)
-
-    if return_function:
-        return mask
-    trainer.train_source = _masked(trainer.train_source, mask)
-    if trainer.eval_source is not None:
-        trainer.eval_source = _masked(trainer.eval_source, mask)
-    return trainer
-
-
-def _masked(source: Source, mask: Callable[..., list[np.ndarray]]) -> Source:
-    if not isinstance(source, TextSource):
-        raise NotImplementedError("rows with a collator are masked by the collator: pass train_on_responses_only=True to it")
-    return source.relabelled(mask([row.input_ids for row in source.encoded], [row.labels for row in source.encoded]))

@@ -61,6 +61,12 @@ def find_all(output_dir: pathlib.Path) -> list[pathlib.Path]:
     return [path for _, path in sorted(found)]
 
 
+def sweep(output_dir: pathlib.Path) -> None:
+    """Removes what saves that were killed half-way left; no other run may be writing there."""
+    for path in output_dir.glob("checkpoint-*.tmp-*"):
+        shutil.rmtree(path)
+
+
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
     """The JSON record of a checkpoint.
 

@@ -25,4 +25,5 @@ def loss_sum(model: CausalModel, batch: Batch, execution: Execution, *, head_gra
     head = model.head()
     lora = None if head.lora is None else (head.lora.a, head.lora.b, head.lora.scale)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return linear_cross_entropy(rows, head.weight.dequantise(), batch.labels.reshape(-1), lora=lora, weight_grad=head_grad)
+    labels = batch.labels.reshape(-1)
+    return linear_cross_entropy(rows, head.weight.dequantise(), labels, lora=lora, softcap=head.softcap, weight_grad=head_grad)

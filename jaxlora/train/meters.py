@@ -1,9 +1,9 @@
 """What the progress bar and the log show besides the loss."""
 
 import collections
-import time
 
 import jax
+import rich
 
 GIB = 2**30
 
@@ -15,6 +15,12 @@ def peak_gib() -> float | None:
     return max(peaks) / GIB if peaks else None
 
 
+def shows_bars() -> bool:
+    """Whether the output is a terminal or a notebook; elsewhere a progress bar leaves blank lines."""
+    console = rich.get_console()
+    return console.is_terminal or console.is_jupyter
+
+
 class Throughput:
     """Tokens per second over the last steps; the first step is left out, since it compiles."""
 
@@ -22,10 +28,10 @@ class Throughput:
         self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=window + 1)
         self._total = 0
 
-    def add(self, tokens: int) -> None:
-        """Counts a finished step's tokens (padding excluded)."""
+    def add(self, tokens: int, at: float) -> None:
+        """Counts the tokens (padding excluded) of a step that ended at that second."""
         self._total += tokens if self._marks else 0
-        self._marks.append((time.perf_counter(), self._total))
+        self._marks.append((at, self._total))
 
     def read(self) -> float | None:
         """Tokens per second, or None before the second step."""

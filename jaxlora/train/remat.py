@@ -7,7 +7,7 @@ import jax
 from jaxlora.errors import nearest
 from jaxlora.nn.decoder import Execution
 
-CHOICES = (False, True, "unsloth", "dots")
+CHOICES = (False, True, "unsloth", "dots", "auto")
 
 
 def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution:
@@ -21,8 +21,7 @@ def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution
     (True, False)
 
     Raises:
-      ValueError: another value.
-      NotImplementedError: "auto", which needs to compile the candidates first.
+      ValueError: another value; or "auto", which ``train.auto.choose`` turns into one of the others first.
     """
     policies = jax.checkpoint_policies
     match use_gradient_checkpointing:
@@ -41,6 +40,6 @@ def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution
         case "dots":
             return Execution(checkpoint=True, remat=policies.save_only_these_names("dot", "attn_out", "attn_lse", "lora_u"), **other)
         case "auto":
-            raise NotImplementedError('use_gradient_checkpointing="auto" is not available yet; choose True, False, "unsloth" or "dots"')
-    hint = nearest(str(use_gradient_checkpointing), ["unsloth", "dots"])
+            raise ValueError('"auto" is no policy: train.auto.choose compiles the policies and takes one; SFTTrainer does so itself')
+    hint = nearest(str(use_gradient_checkpointing), ["unsloth", "dots", "auto"])
     raise ValueError(f"use_gradient_checkpointing must be one of {CHOICES}, got {use_gradient_checkpointing!r}{hint}")

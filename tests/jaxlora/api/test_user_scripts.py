@@ -7,7 +7,7 @@ from conversion.safetensors_io import open_checkpoint
 from jaxlora import FastLanguageModel, FastVisionModel, SFTConfig, SFTTrainer, UnslothVisionDataCollator
 from jaxlora.api import folders
 from jaxlora.nn.stack import linears
-from tests.jaxlora.api.conftest import picture, text_row
+from tests.jaxlora.api.conftest import picture, text_row, vision_row
 
 STEPS = 3
 
@@ -155,6 +155,72 @@ def test_towers_that_are_switched_on_are_adapted(name, qwen2_vl_folder):
 
 
 @pytest.fixture(scope="module")
+def mllama(mllama_folder, tmp_path_factory):
+    """Script 3 on the model that it names, and training on images of one and several tiles, with a row without any."""
+    model, tokenizer = FastVisionModel.from_pretrained(model_name=str(mllama_folder), load_in_4bit=True)
+    model = FastVisionModel.get_peft_model(
+        model,
+        finetune_vision_layers=False,
+        finetune_language_layers=True,
+        finetune_attention_modules=True,
+        finetune_mlp_modules=True,
+        r=16,
+    )
+    rows = [*(vision_row(i, width=15, height=15 + 16 * (i % 3)) for i in range(5)), text_row(7)]
+    FastVisionModel.for_training(model)
+    trainer = SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        data_collator=UnslothVisionDataCollator(model, tokenizer),
+        train_dataset=rows,
+        args=SFTConfig(
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=STEPS, learning_rate=2e-3,
+            output_dir=str(tmp_path_factory.mktemp("mllama_output")), save_strategy="no",
+        ),
+    )  # fmt: skip
+    return model, tokenizer, trainer, trainer.train(), rows
+
+
+class TestMllama:
+    def test_learns_in_the_language_layers_and_nowhere_else(self, mllama):
+        model, _, trainer, result, _ = mllama
+        losses = [entry["loss"] for entry in trainer.state.log_history]
+        assert result.global_step == STEPS and losses[-1] < losses[0]
+        assert counts(model) == {"language attention": 12, "language mlp": 9}
+        assert all(np.abs(layer).max() > 0 for linear in adapted(model) for layer in linear.lora.b)
+
+    def test_saved_adapter_loads_with_its_base_and_gives_the_same_logits_and_text(self, mllama, tmp_path):
+        model, tokenizer, _, _, rows = mllama
+        model.save_pretrained(tmp_path / "lora")
+        tokenizer.save_pretrained(tmp_path / "lora")
+        again, processor = FastVisionModel.from_pretrained(str(tmp_path / "lora"))
+        inputs = prompt(processor, rows[1])
+        np.testing.assert_array_equal(again(**inputs).logits, model(**inputs).logits)
+        FastVisionModel.for_inference(model)
+        out = model.generate(**inputs, max_new_tokens=4, use_cache=True)
+        assert 1 <= out.shape[1] - inputs["input_ids"].shape[1] <= 4
+
+
+MLLAMA_SELECTIONS = {
+    "vision only": (
+        {"finetune_vision_layers": True, "finetune_language_layers": False, "r": 32},
+        {"vision attention": 24, "vision mlp": 12},
+    ),
+    "all-linear": (
+        {**ALL_ON, "target_modules": "all-linear"},
+        {"vision attention": 24, "vision mlp": 12, "language attention": 12, "language mlp": 9, "connector other": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MLLAMA_SELECTIONS)
+def test_the_variants_of_script_3_adapt_the_towers_of_mllama_that_are_switched_on(name, mllama_folder):
+    arguments, expected = MLLAMA_SELECTIONS[name]
+    model, _ = FastVisionModel.from_pretrained(model_name=str(mllama_folder), load_in_4bit=False)
+    assert counts(FastVisionModel.get_peft_model(model, **arguments)) == expected
+
+
+@pytest.fixture(scope="module")
 def language(llama_folder, tmp_path_factory):
     """Script 4, and the training that follows it."""
     model, tokenizer = FastLanguageModel.from_pretrained(model_name=str(llama_folder), max_seq_length=2048, load_in_4bit=True)
@@ -184,8 +250,8 @@ class TestLanguage:
         _, trainer, result = language
         evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         assert result.global_step == STEPS
-        assert len(evaluations) == 1
-        assert trainer.evaluate()["eval_loss"] < evaluations[0]
+        assert len(evaluations) == 2
+        assert trainer.evaluate()["eval_loss"] == evaluations[1] < evaluations[0]
 
     def test_evaluation_is_the_mean_token_loss_of_the_logits(self, language):
         model, trainer, _ = language

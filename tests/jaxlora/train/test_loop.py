@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ class Recorder:
 
     def save(self, state):
         self.saved.append((state.step, toy.copied(state.trainable)))
+        return f"checkpoint-{state.step}"
 
     def callbacks(self):
         return loop.Callbacks(rate=lambda step: 10.0 + step, epoch=lambda step: step / 4, save=self.save, evaluate=self.evaluate)
@@ -64,6 +66,19 @@ def test_a_log_entry_tells_the_rate_of_its_own_step_and_counts_labels():
     assert last["grad_norm"] > 0
 
 
+def test_tokens_per_second_hold_where_dispatching_blocks_until_the_step_ends():
+    def step(*args):
+        results = jax.block_until_ready(STEP(*args))
+        time.sleep(0.1)
+        return results
+
+    state, batches = fresh(), list(itertools.islice(toy.batches(), 5))
+    run(state, step=step, batches=iter(batches), total_steps=5)
+    tokens = sum(int(batch.segment_lengths.sum()) for batch in batches[1:])
+    # Four steps of 0.1 s and what the machine adds; counting by the loop's own clock would find three.
+    assert state.log_history[-1]["tokens_per_s"] <= tokens / 0.4
+
+
 def test_saves_and_evaluates_when_due():
     seen = []
 
@@ -76,6 +91,17 @@ def test_saves_and_evaluates_when_due():
     assert [step for step, _ in recorder.saved] == [3, 6]
     assert seen == [2, 4, 6]
     assert [e for e in state.log_history if "eval_loss" in e][0] == {"eval_loss": 0.5, "step": 2, "epoch": 0.5}
+
+
+def test_the_last_step_is_saved_and_evaluated_whatever_its_number():
+    seen = []
+    recorder = run(fresh(), total_steps=5, save_steps=3, eval_steps=4, recorder=Recorder(lambda state: seen.append(state.step) or {}))
+    assert [step for step, _ in recorder.saved] == [3, 5]
+    assert seen == [4, 5]
+
+
+def test_no_strategy_saves_nothing_at_the_end_either():
+    assert not run(fresh(), total_steps=2).saved
 
 
 def test_the_losses_of_a_save_are_complete():
@@ -143,6 +169,9 @@ class TestNonFinite:
         assert not math.isfinite(state.log_history[1]["loss"])
         assert "step 3 is not finite" in caplog.text
         assert math.isfinite(loop.mean_loss(state.losses))
+        # The rates of an optimizer that saw three of the six steps.
+        assert [entry["learning_rate"] for entry in state.log_history] == [10, 11, 11, 11, 12, 12]
+        assert state.skipped == 3 and int(optax.tree_utils.tree_get(state.opt_state, "count")) == 3
 
 
 def test_the_mean_loss_of_no_finite_step_is_nan():
@@ -166,6 +195,12 @@ class TestGradientCheck:
 
     def test_vision_adapters_are_excused_without_images(self):
         loop.check_gradients({VISION: np.zeros(2), LANGUAGE: np.ones(2)}, saw_images=False)
+
+    def test_layers_that_nothing_uses_are_excused(self):
+        norms = {VISION: np.array([1.0, 0.0]), LANGUAGE: np.ones(2)}
+        loop.check_gradients(norms, saw_images=True, unused=lambda path: ".blocks.1." in path)
+        with pytest.raises(ValueError, match=r"1 adapters.*blocks\.1"):
+            loop.check_gradients(norms, saw_images=True, unused=lambda path: ".blocks.0." in path)
 
     def test_a_is_zero_at_first_and_is_not_asked_for(self):
         loop.check_gradients({LANGUAGE.replace("lora_B", "lora_A"): np.zeros(2), LANGUAGE: np.ones(2)}, saw_images=False)
@@ -191,7 +226,9 @@ def signalling(signum, at, times=1):
 class TestSignals:
     def test_save_the_step_in_hand_and_stop(self, signum):
         state, recorder = fresh(), Recorder()
-        with pytest.raises(loop.Interrupted, match=f"stopped by {signum.name} after step 3") as stopped:
+        with pytest.raises(
+            loop.Interrupted, match=f"stopped by {signum.name} after step 3; its checkpoint is complete: checkpoint-3"
+        ) as stopped:
             run(state, total_steps=9, batches=signalling(signum, 2), recorder=recorder)
         assert stopped.value.signum == signum
         assert [step for step, _ in recorder.saved] == [3]

@@ -1,0 +1,116 @@
+"""``use_gradient_checkpointing="auto"``: the fastest policy whose compiled step fits into the device's memory."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from conversion.atomic import new_file
+from jaxlora.train.meters import GIB
+
+log = logging.getLogger(__name__)
+
+# Fastest first, measured at 8B on an H200: "dots" recomputes least, "unsloth" pays for the transfers. False is no candidate: it saves more
+# than "dots" does, and writing it takes longer than computing it again.
+CANDIDATES = ("dots", True, "unsloth")
+
+type Lower = Callable[[bool | str], jax.stages.Lowered]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A policy and what its compiled step needs: arguments, results and temporaries, in GiB of device memory."""
+
+    policy: bool | str
+    needed_gib: float
+    compile_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The policy that was taken, and the table that it was taken from."""
+
+    policy: bool | str
+    limit_gib: float
+    tried: tuple[Tried, ...]
+
+    def describe(self) -> str:
+        """One line a policy that was compiled.
+
+        >>> print(Choice(True, 24.0, (Tried("dots", 33.2, 8.0), Tried(True, 10.9, 8.0))).describe())
+        gradient checkpointing "auto" with 24.0 GiB: True
+          'dots'      33.2 GiB
+          True        10.9 GiB  <- taken
+        """
+        lines = [f'gradient checkpointing "auto" with {self.limit_gib:.1f} GiB: {self.policy!r}']
+        lines += [f"  {t.policy!r:10} {t.needed_gib:5.1f} GiB{'  <- taken' if t.policy == self.policy else ''}" for t in self.tried]
+        return "\n".join(lines)
+
+
+def choose(lower: Lower, limit_gib: float, *, cache: pathlib.Path | None = None, candidates: Sequence[bool | str] = CANDIDATES) -> Choice:
+    """Compiles the candidates in order until one fits; ``lower(policy)`` gives the step of the largest shape, lowered.
+
+    The choice is kept in the file ``cache`` under a hash of the program and the limit, so that a second run compiles nothing for it.
+
+    Raises:
+      ValueError: none fits; the text is the table.
+    """
+    first = lower(candidates[0])
+    key = hashlib.sha256(f"{jax.__version__} {limit_gib} {list(candidates)} {first.as_text()}".encode()).hexdigest()
+    known = _read(cache).get(key)
+    if known is not None:
+        return Choice(known["policy"], limit_gib, tuple(Tried(**t) for t in known["tried"]))
+    tried: list[Tried] = []
+    for policy in candidates:
+        started = time.perf_counter()
+        compiled = (first if policy == candidates[0] else lower(policy)).compile()
+        tried.append(Tried(policy, needed_gib(compiled), time.perf_counter() - started))
+        if tried[-1].needed_gib <= limit_gib:
+            choice = Choice(policy, limit_gib, tuple(tried))
+            _write(cache, key, choice)
+            return choice
+    table = "; ".join(f"{t.policy!r} needs {t.needed_gib:.1f} GiB" for t in tried)
+    raise ValueError(
+        f"no gradient checkpointing fits into {limit_gib:.1f} GiB: {table}; lower per_device_train_batch_size or max_seq_length "
+        "(gradient_accumulation_steps keeps the effective batch)"
+    )
+
+
+def needed_gib(compiled: jax.stages.Compiled) -> float:
+    """Device memory of a compiled program: arguments, results that do not reuse them, temporaries."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (held + memory.temp_size_in_bytes) / GIB
+
+
+def memory_gib() -> float:
+    """What programs may use on the first device: the allocator's limit, or the machine's memory where there is none (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / GIB
+
+
+def _read(cache: pathlib.Path | None) -> dict[str, Any]:
+    if cache is None or not cache.is_file():
+        return {}
+    try:
+        return json.loads(cache.read_text())
+    except json.JSONDecodeError:
+        log.warning("%s is not readable: the choice is made again", cache)
+        return {}
+
+
+def _write(cache: pathlib.Path | None, key: str, choice: Choice) -> None:
+    if cache is None:
+        return
+    entry = {"policy": choice.policy, "tried": [dataclasses.asdict(t) for t in choice.tried]}
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(cache) as new:
+        new.write_text(json.dumps({**_read(cache), key: entry}, indent=1))
