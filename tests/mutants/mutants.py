@@ -29,10 +29,14 @@ class Mutant:
 INIT = "tests/jaxlora/test_adapter_init.py"
 EXPORT = "tests/jaxlora/test_export.py"
 LINEAR = "tests/jaxlora/nn/test_linear.py"
+NORM = "tests/jaxlora/nn/test_norm.py"
+AUTO = "tests/jaxlora/train/test_auto.py"
 STACK = "tests/jaxlora/nn/test_stack.py"
 ROPE = "tests/jaxlora/nn/test_rope.py"
 PARITY = "tests/jaxlora/models/test_parity.py"
-VISION = "tests/jaxlora/models/test_qwen2_vl.py"
+VISION = "tests/jaxlora/models/test_qwen_vl.py"
+GEMMA3 = "tests/jaxlora/models/test_gemma3.py"
+GEMMA3_PROCESSOR = "tests/jaxlora/data/test_gemma3_processor.py"
 PEFT = "tests/jaxlora/test_peft_parity.py"
 STEP = "tests/jaxlora/train/test_step.py"
 LOOP = "tests/jaxlora/train/test_loop.py"
@@ -107,11 +111,51 @@ MUTANTS = [
     ),
     Mutant(
         "jaxlora/nn/norm.py",
-        "jnp.square(x32), axis=-1, keepdims=True) + self.eps",
-        "jnp.square(x32), axis=-1, keepdims=True) + 1e-2",
+        "jnp.square(x32), axis=-1, keepdims=True) + eps)",
+        "jnp.square(x32), axis=-1, keepdims=True) + 1e-2)",
         "another epsilon in RMSNorm",
         PARITY,
     ),
+    Mutant(
+        "jaxlora/nn/norm.py",
+        "1.0 + _row(self.weight, x.astype(jnp.float32))",
+        "_row(self.weight, x.astype(jnp.float32))",
+        "Gemma's norm without its 1",
+        PARITY,
+    ),
+    Mutant("jaxlora/nn/embed.py", "rows * jnp.asarray(self.scale, rows.dtype)", "rows", "Gemma's embeddings are not scaled", PARITY),
+    Mutant(
+        "jaxlora/nn/attention.py",
+        "shared.rope if self.window is None or shared.local_rope is None else shared.local_rope",
+        "shared.rope",
+        "sliding layers turn as full ones do",
+        PARITY,
+    ),
+    Mutant(
+        "jaxlora/nn/attention.py",
+        "config.softcap * jnp.tanh(scores / config.softcap)",
+        "scores * 1",
+        "a cached step without its soft-cap",
+        PARITY,
+    ),
+    Mutant("jaxlora/train/loss.py", "softcap=head.softcap", "softcap=None", "the loss without the head's soft-cap", PARITY),
+    Mutant(
+        "jaxlora/nn/rope.py",
+        "base / rope.factor * ramp + base * (1 - ramp)",
+        "base / rope.factor * (1 - ramp) + base * ramp",
+        "yarn stretches the wrong end",
+        ROPE,
+    ),
+    Mutant("jaxlora/nn/rope.py", "(factor * jnp.sin(full))", "jnp.sin(full)", "yarn's factor on cos alone", ROPE),
+    Mutant(
+        "pallas_kernels/attention/spec.py",
+        "jnp.maximum(position[:, 0] + 1, reach)",
+        "position[:, 0] + 1 + 0 * reach",
+        "tokens of an image do not see ahead",
+        ATTENTION,
+    ),
+    Mutant("jaxlora/models/gemma3.py", "jnp.where(index < 0, columns,", "jnp.where(index <= 0, columns,", "an image ends early", GEMMA3),
+    Mutant("jaxlora/data/gemma3.py", "{self.eoi_token}\\n\\n", "{self.eoi_token}", "no line breaks after an image", GEMMA3_PROCESSOR),
     Mutant(
         "pallas_kernels/attention/xla.py", "(key >= lo) & (key < hi)", "(key >= lo) & (key <= hi)", "a query sees the next key", ATTENTION
     ),
@@ -137,7 +181,20 @@ MUTANTS = [
         "patches in row order, not merge-block order",
         VISION,
     ),
-    Mutant("jaxlora/nn/mlp.py", "jax.nn.sigmoid(1.702 * x)", "jax.nn.sigmoid(x)", "silu for quick-gelu", VISION),
+    Mutant(
+        "jaxlora/nn/vision.py", "shared.windows if self.windowed", "shared.windows if not self.windowed", "windows the wrong way", VISION
+    ),
+    Mutant("jaxlora/data/batches.py", "at_feature + np.argsort(order)", "at_feature + order", "features are not put back in order", VISION),
+    Mutant("jaxlora/nn/mlp.py", "jax.nn.sigmoid(1.702 * x32)", "jax.nn.sigmoid(x32)", "silu for quick-gelu", VISION),
+    # the step
+    Mutant("jaxlora/nn/norm.py", "jnp.mean(g * normed, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
+    Mutant("jaxlora/nn/linear.py", "return pull(dx), ", "return pull(x), ", "an activation's gradient of its value", LINEAR),
+    Mutant(
+        "jaxlora/weights/base.py", "jnp.concatenate([*dys, *u], axis=1)", "jnp.concatenate([*u, *dys], axis=1)", "columns swapped", FORMATS
+    ),
+    Mutant("pallas_kernels/attention/spec.py", "length - end, 0", "length - end - 1, 0", "the last padding is left out", ATTENTION),
+    Mutant("jaxlora/train/auto.py", "needed_gib <= limit_gib", "needed_gib >= limit_gib", "a policy that does not fit", AUTO),
+    Mutant("jaxlora/train/loop.py", ".sum()), at)", ".sum()), time.perf_counter())", "steps end when they are read", LOOP),
     # formats
     Mutant(
         "jaxlora/weights/int4.py",
@@ -224,7 +281,7 @@ MUTANTS = [
         OPTIM,
     ),
     Mutant(
-        "jaxlora/train/loop.py", "self.callbacks.rate(number - 1)", "self.callbacks.rate(number)", "the next step's rate is logged", LOOP
+        "jaxlora/train/loop.py", "rate(number - 1 - state.skipped)", "rate(number - state.skipped)", "the next step's rate is logged", LOOP
     ),
     Mutant(
         "jaxlora/train/loop.py",
@@ -240,7 +297,13 @@ MUTANTS = [
         "regrouping repeats a layer",
         CHECKPOINT,
     ),
-    Mutant("jaxlora/api/trainer.py", "batches.starting(state.step)", "batches.starting(0)", "a resumed run reads its rows again", RESUME),
+    Mutant(
+        "jaxlora/api/trainer.py",
+        "batches.starting(state.step, total)",
+        "batches.starting(0, total)",
+        "a resumed run reads its rows again",
+        RESUME,
+    ),
     Mutant("jaxlora/train/loop.py", "jnp.int32(state.step)", "jnp.int32(0)", "every step has number 0: dropout repeats", LOOP),
     Mutant("jaxlora/api/trainer.py", "total += float(_eval_loss(", "total += 2 * float(_eval_loss(", "evaluation counts twice", EVALUATION),
     # stacks, selection, export, decoding
@@ -263,7 +326,9 @@ MUTANTS = [
         "a merge onto the wrong base",
         EXPORT,
     ),
-    Mutant("jaxlora/generate/decode.py", "next_position + t - 1)", "next_position + t)", "decoding is one position ahead", GENERATE),
+    Mutant(
+        "jaxlora/generate/decode.py", "next_position + t - 1, ends)", "next_position + t, ends)", "decoding is one position ahead", GENERATE
+    ),
     Mutant(
         "jaxlora/generate/decode.py",
         "column=lengths + t - 1",
