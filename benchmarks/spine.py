@@ -33,7 +33,7 @@ class RandomRows:
         self.ids = model.config.image_token_id if image else None
 
     def measure(self, row, *, where=""):
-        return self.sequence, 4096 if self.image else 0
+        return (self.sequence, 4096, 1) if self.image else (self.sequence, 0, 0)
 
     def __call__(self, rows):
         ids = self.rng.integers(0, min(self.vocab, 128000), (len(rows), self.sequence))
