@@ -22,6 +22,7 @@ ORACLE_PINS = (
     "accelerate==1.15.0",
     "pillow",
     "safetensors",
+    "triton==3.6.0",
 )
 # Tests whose reference is a live torch, transformers, peft or bitsandbytes when there is one.
 LIVE = (
@@ -81,7 +82,7 @@ def check(python: pathlib.Path, arguments: list[str]) -> int:
 def oracle(python: pathlib.Path, arguments: list[str]) -> int:
     """The parity tests against torch, live; that environment is made outside the tree and kept by the hash of its pins."""
     os.environ["JAXLORA_ORACLE_PYTHON"] = str(oracle_environment())
-    files = [f"tests/jaxlora/{name}" for name in LIVE]
+    files = [*(f"tests/jaxlora/{name}" for name in LIVE), "tests/pallas_kernels/test_device_code.py"]
     return run(python, "-m", "pytest", "-q", "-n", "2", "-k", f"not ({NO_REFERENCE})", *arguments, *files)
 
 

@@ -13,6 +13,8 @@ from jaxlora.typing import Array, Float, PRNGKeyArray
 from jaxlora.weights.base import AbstractWeight, abstract, contract_last, input_gradient, outer
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
+from pallas_kernels.lora_swiglu import KERNEL as GATED
+from pallas_kernels.lora_swiglu import gated
 
 type Activation = Callable[..., Array]
 type Rates = tuple[float, ...]
@@ -68,18 +70,57 @@ def project(
 
 
 def project_activated(
-    linear: Linear, act: Activation, inputs: Sequence[Float[Array, "*N I"]], key: PRNGKeyArray | None = None
+    linear: Linear,
+    act: Activation,
+    inputs: Sequence[Float[Array, "*N I"]],
+    key: PRNGKeyArray | None = None,
+    *,
+    value: Float[Array, "*N I"] | None = None,
 ) -> Float[Array, "*N O"]:
     """y = W h + s·B·A·h + bias of h = act(*inputs), an elementwise function: ``linear(act(*inputs), key)``.
 
-    Saved for the backward are the inputs, not h, which is computed again in the pass over them that makes their gradients.
+    Saved for the backward are the inputs, not h, which is computed again in the pass over them that makes their gradients. ``value`` is h,
+    where a kernel has made it already.
     """
-    return _project_from(act, (linear,), inputs, None if key is None else (key,))[0]
+    return _project_from(act, (linear,), inputs, None if key is None else (key,), value)[0]
 
 
-def _project_from(act: Activation, linears: Sequence[Linear], inputs: Sequence[Array], keys: Any) -> tuple[Array, ...]:
+def project_gated(
+    linears: tuple[Linear, Linear], x: Float[Array, "*N I"], activation: str, keys: Sequence[PRNGKeyArray | None]
+) -> tuple[tuple[Float[Array, "*N F"], Float[Array, "*N F"]], Float[Array, "*N F"] | None]:
+    """((e, g), h): the two projections of x and, where a kernel makes all three in one pass, h = act(e) ∘ g; else None.
+
+    The kernel is `pallas_kernels.lora_swiglu`'s backend that was measured to be fastest here. h has no gradient: whoever uses it takes it
+    for the value of act(e) ∘ g, and differentiates that.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    backend = _gated_backend(linears, rows, activation, keys)
+    if backend is None:
+        e, g = project(linears, x, keys)
+        return (e, g), None
+    weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
+    e, g, h = (y.reshape(*x.shape[:-1], -1) for y in _gated((activation, backend), rows, weights, loras))
+    return (checkpoint_name(e, "dot"), checkpoint_name(g, "dot")), jax.lax.stop_gradient(h)
+
+
+def _gated_backend(linears: Sequence[Linear], x: Array, activation: str, keys: Sequence[Any]) -> str | None:
+    """A fused kernel's backend, where one can run and was measured to be faster than two products."""
+    weights, loras = [_weight(linear).packed() for linear in linears], [linear.lora for linear in linears]
+    drops = any(linear.lora_dropout and key is not None for linear, key in zip(linears, keys, strict=True))
+    biased, alone = any(linear.bias is not None for linear in linears), sum(lora is None for lora in loras) == 1
+    if drops or biased or alone or any(weight is None for weight in weights):
+        return None
+    pairs = [(lora.a, lora.b) for lora in loras if lora is not None]
+    chosen = GATED.choose("auto", x, *weights, tuple(pairs) or None, activation=activation)
+    return None if chosen == "xla" else chosen
+
+
+def _project_from(
+    act: Activation, linears: Sequence[Linear], inputs: Sequence[Array], keys: Any, value: Array | None = None
+) -> tuple[Array, ...]:
     leading = inputs[0].shape[:-1]
     rows = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
+    value = None if value is None else value.reshape(-1, value.shape[-1])
     weights = tuple(_weight(linear) for linear in linears)
     loras = tuple(linear.lora for linear in linears)
     keys = keys or (None,) * len(weights)
@@ -87,7 +128,7 @@ def _project_from(act: Activation, linears: Sequence[Linear], inputs: Sequence[A
         0.0 if key is None or lora is None else linear.lora_dropout for linear, lora, key in zip(linears, loras, keys, strict=True)
     )
     used = tuple(key if rate else None for rate, key in zip(rates, keys, strict=True))
-    ys = _project((act, rates), rows, weights, loras, used)
+    ys = _project((act, rates), rows, weights, loras, used, value)
     named = (checkpoint_name(y, "dot") for y in ys)
     biased = (
         y if linear.bias is None else y + linear.bias.get_value().astype(y.dtype)[None] for y, linear in zip(named, linears, strict=True)
@@ -105,18 +146,18 @@ def _weight(linear: Linear) -> AbstractWeight:
     return linear.weight.get_value()
 
 
-def _forward(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any) -> tuple[Array, ...]:
+def _forward(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None) -> tuple[Array, ...]:
     act, rates = how
-    x = act(*inputs)
+    x = act(*inputs) if value is None else value
     return _ys(x, weights, loras, _down(rates, x, loras, keys))
 
 
 _project = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
-def _project_fwd(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any) -> tuple[tuple[Array, ...], Any]:
+def _project_fwd(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None) -> tuple[tuple[Array, ...], Any]:
     act, rates = how
-    x = act(*inputs)
+    x = act(*inputs) if value is None else value
     # A few columns a Linear, for which the backward would read x once more.
     us = {i: checkpoint_name(u, "lora_u") for i, u in _down(rates, x, loras, keys).items()}
     return _ys(x, weights, loras, us), (inputs, weights, loras, keys, us)
@@ -126,16 +167,21 @@ def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple
     """y_i = W_i x + s_i B_i u_i. All Linears get the same columns u, B_i being zero at the others', so that [x, u] is one array."""
     if not us:
         return tuple(w.matmul(x) for w in weights)
+    columns, bs = _columns(loras, us, x.dtype)
+    return tuple(w.matmul(x) if b is None else w.matmul(x, (columns, b)) for w, b in zip(weights, bs, strict=True))
+
+
+def _columns(loras: Loras, us: dict[int, Array], dtype: Any) -> tuple[Array, list[Array | None]]:
+    """All adapters' columns u [N, R], and each Linear's s·B [O, R], zero at the others' columns; None where there is no adapter."""
     columns = jnp.concatenate([us[i] for i in sorted(us)], axis=1)
-    ys, at = [], 0
-    for w, lora in zip(weights, loras, strict=True):
+    bs, at = [], 0
+    for lora in loras:
         if lora is None:
-            ys.append(w.matmul(x))
+            bs.append(None)
             continue
-        b = jnp.pad(_scaled(lora, x.dtype), ((0, 0), (at, columns.shape[1] - at - lora.rank)))
-        ys.append(w.matmul(x, (columns, b)))
+        bs.append(jnp.pad(_scaled(lora, dtype), ((0, 0), (at, columns.shape[1] - at - lora.rank))))
         at += lora.rank
-    return tuple(ys)
+    return columns, bs
 
 
 def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
@@ -154,10 +200,36 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
     dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], dys[i], us[i]) for i, lora in enumerate(loras))
-    return pull(dx), tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None
+    return pull(dx), tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
 
 _project.defvjp(_project_fwd, _project_bwd)
+
+
+def _gated_forward(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -> tuple[Array, Array, Array]:
+    return _gated_fwd(how, x, weights, loras)[0]
+
+
+_gated = jax.custom_vjp(_gated_forward, nondiff_argnums=(0,))
+
+
+def _gated_fwd(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -> tuple[tuple[Array, Array, Array], Any]:
+    activation, backend = how
+    us = {i: checkpoint_name(u, "lora_u") for i, u in _down((0.0, 0.0), x, loras, None).items()}
+    columns, bs = _columns(loras, us, x.dtype) if us else (None, [])
+    update: Any = (columns, *bs) if us else None
+    gate, up = (w.packed() for w in weights)
+    assert gate is not None and up is not None
+    h, e, g = gated(x, gate, up, update, activation=activation, backend=backend)
+    return (e, g, h), ((x,), weights, loras, (None, None), us)
+
+
+def _gated_bwd(how: tuple[str, str], residuals: Any, cotangents: tuple[Array, Array, Array]) -> tuple[Any, ...]:
+    (dx,), dweights, dloras, _, _ = _project_bwd((_identity, (0.0, 0.0)), residuals, cotangents[:2])
+    return dx, dweights, dloras
+
+
+_gated.defvjp(_gated_fwd, _gated_bwd)
 
 
 def _down(rates: Rates, x: Array, loras: Loras, keys: Any) -> dict[int, Array]:

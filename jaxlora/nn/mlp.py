@@ -1,5 +1,6 @@
 """Feed-forward blocks."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,14 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlora.nn.linear import Linear, project, project_activated
+from jaxlora.nn.linear import Linear, project_activated, project_gated
 from jaxlora.typing import Array, Float, PRNGKeyArray
+from pallas_kernels.lora_swiglu.activations import ACTIVATIONS, product
 
 
 class GatedMLP(nnx.Module):
-    """down(product(gate x, up x)), ``product`` being the class's own elementwise function of two arrays."""
+    """down(act(gate x) ∘ up x); ``activation`` names a class's act, as `pallas_kernels.lora_swiglu` knows it."""
 
-    product: Callable[[Array, Array], Array]
+    activation: str
 
     def __init__(self, features: int, hidden: int, *, bias: bool = False, dtype: Any = jnp.bfloat16):
         self.gate_proj = Linear(features, hidden, bias=bias, dtype=dtype)
@@ -24,8 +26,8 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "*N D"], keys: Mapping[str, PRNGKeyArray] | None = None) -> Float[Array, "*N D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
         keys = keys or {}
-        gated = project((self.gate_proj, self.up_proj), x, (keys.get("gate_proj"), keys.get("up_proj")))
-        return project_activated(self.down_proj, type(self).product, gated, keys.get("down_proj"))
+        gated, h = project_gated((self.gate_proj, self.up_proj), x, self.activation, (keys.get("gate_proj"), keys.get("up_proj")))
+        return project_activated(self.down_proj, PRODUCTS[self.activation], gated, keys.get("down_proj"), value=h)
 
 
 class PlainMLP(nnx.Module):
@@ -70,27 +72,17 @@ def gelu_tanh(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def silu_product(e: Float[Array, "*N F"], g: Float[Array, "*N F"]) -> Float[Array, "*N F"]:
-    """silu(e) ∘ g; silu is computed in fp32 and rounded before it multiplies, as transformers does.
-
-    >>> silu_product(jnp.array([0.0, 1.0]), jnp.array([2.0, 2.0])).round(3).tolist()
-    [0.0, 1.4620000123977661]
-    """
-    return jax.nn.silu(e.astype(jnp.float32)).astype(e.dtype) * g
-
-
-def gelu_tanh_product(e: Float[Array, "*N F"], g: Float[Array, "*N F"]) -> Float[Array, "*N F"]:
-    """gelu_tanh(e) ∘ g."""
-    return gelu_tanh(e) * g
+# One function an activation, since what is compiled is found again by the function.
+PRODUCTS = {name: functools.partial(product, activation=name) for name in ACTIVATIONS}
 
 
 class SwiGLU(GatedMLP):
     """down(silu(gate x) ∘ up x)."""
 
-    product = staticmethod(silu_product)
+    activation = "silu"
 
 
 class GeGLU(GatedMLP):
     """down(gelu(gate x) ∘ up x), with tanh's approximation of gelu."""
 
-    product = staticmethod(gelu_tanh_product)
+    activation = "gelu_tanh"

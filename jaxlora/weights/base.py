@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float, UInt32
+from pallas_kernels.packed import Weight, pair_columns, unpair
 
 type LowRank = tuple[Array, Array]
 
@@ -15,7 +16,8 @@ type LowRank = tuple[Array, Array]
 class AbstractWeight(abc.ABC):
     """A weight [O, I] in some storage format; a pytree of arrays with static metadata. Subclasses are final.
 
-    Invariants: ``w.matmul(x) == x @ w.dequantise().T`` and ``w.matmul_t(dy) == dy @ w.dequantise()``, up to the rounding of the product.
+    Invariants, where ``decoded``: ``w.matmul(x) == x @ w.dequantise().T`` and ``w.matmul_t(dy) == dy @ w.dequantise()``, up to the
+    rounding of the product.
     A leaf whose arrays carry one more leading axis is a stack of weights; it is sliced before it multiplies.
     """
 
@@ -36,6 +38,24 @@ class AbstractWeight(abc.ABC):
     @abc.abstractmethod
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> "AbstractWeight | None":
         """The gradient of ``sum(dy * matmul(x))`` as a leaf of the same structure; None where ``trainable`` is False."""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether its products are those of the decoded array, up to the rounding of the product."""
+        return True
+
+    @abc.abstractmethod
+    def largest(self) -> Float[Array, "*layers"]:
+        """A bound of the magnitudes of the weight (of each layer, in a stack), in fp32: reached, or nearly so."""
+
+    def columns_over(self, scale: Float[Array, ""], dtype: Any, *, transpose: bool = False) -> Float[Array, "rows columns"]:
+        """w / scale rounded once to ``dtype``, [O, I'] or transposed [I', O], with zeros where storage pads I to I'."""
+        w = (self.dequantise().astype(jnp.float32) / scale).astype(dtype)
+        return w.T if transpose else w
+
+    def packed(self) -> Weight | None:
+        """The weight as kernels take it; None where none takes it."""
+        return None
 
     def words(self) -> UInt32[Array, "O half"] | None:
         """The decoded weight's bf16 columns in pairs, as `pair` packs them; None where this leaf is not decoded so."""
@@ -75,7 +95,11 @@ def input_gradient(
     Where the outputs are not much wider than the input, they are one product: copying the dy costs less than adding up the dx.
     """
     rows, features = sum(w.shape[0] for w in weights), weights[0].shape[1]
-    if len(weights) > 1 and rows <= 2 * features and all(one_product(dy, dy if update is None else update[0]) for dy in dys):
+    decoded = all(w.decoded for w in weights)
+    joined = None if decoded or len(weights) == 1 else weights[0].above(weights[1:])
+    if joined is not None:
+        return joined.matmul_t(jnp.concatenate(dys, axis=1), update)
+    if decoded and len(weights) > 1 and rows <= 2 * features and all(one_product(dy, dy if update is None else update[0]) for dy in dys):
         u, a = ([], None) if update is None else ([update[0]], update[1])
         return contract_first(jnp.concatenate([*dys, *u], axis=1), stacked(weights, dys[0].dtype, below=a))
     dx = weights[0].matmul_t(dys[0], update)
@@ -115,37 +139,6 @@ def contract_first(dy: Float[Array, "N O"], w: Float[Array, "O I"]) -> Float[Arr
 def outer(dy: Float[Array, "N O"], x: Float[Array, "N I"]) -> Float[Array, "O I"]:
     """dyᵀ @ x, accumulated and returned in fp32."""
     return jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def interleave(even: Float[Array, "O half"], odd: Float[Array, "O half"], dtype: Any) -> Float[Array, "O I"]:
-    """Columns even[:, 0], odd[:, 0], even[:, 1], …, rounded to ``dtype``; bf16 by way of 32-bit words."""
-    if jnp.dtype(dtype) == jnp.bfloat16:
-        return unpair(pair(even, odd))
-    return jnp.stack([even, odd], axis=-1).reshape(even.shape[0], -1).astype(dtype)
-
-
-def pair(even: Float[Array, "O half"], odd: Float[Array, "O half"]) -> UInt32[Array, "O half"]:
-    """Two bf16 columns a 32-bit word, the even one in the low half.
-
-    A kernel that writes single 16-bit columns reaches half the memory bandwidth (H200: 1.9 against 3.4 TB/s).
-    """
-    low, high = (jax.lax.bitcast_convert_type(half.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for half in (even, odd))
-    return low | (high << 16)
-
-
-def pair_columns(x: Float[Array, "O I"]) -> UInt32[Array, "O half"]:
-    """The columns of a bf16 array in pairs, as ``pair`` packs them."""
-    return jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.uint32)
-
-
-def unpair(words: UInt32[Array, "O half"]) -> Float[Array, "O I"]:
-    """The bf16 columns that ``pair`` packed. The barrier keeps XLA from going back to single columns, or into the product."""
-    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(words), jnp.bfloat16).reshape(words.shape[0], -1)
-
-
-def repeat_each(x: Float[Array, "*rows N"], times: int) -> Float[Array, "*rows M"]:
-    """Each element of the last axis ``times`` times: a broadcast, where jnp.repeat may build and fold an index array for seconds."""
-    return jnp.broadcast_to(x[..., None], (*x.shape, times)).reshape(*x.shape[:-1], x.shape[-1] * times)
 
 
 def one_product(x: Float[Array, "N I"], u: Float[Array, "N R"]) -> bool:

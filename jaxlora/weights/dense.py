@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import AbstractWeight, abstract, outer
@@ -38,6 +39,14 @@ class Dense(AbstractWeight):
 
     def dequantise(self) -> Float[Array, "O I"]:
         """The weight itself."""
+        return self.array
+
+    def largest(self) -> Float[Array, "*layers"]:
+        """max|w|."""
+        return jnp.max(jnp.abs(self.array), axis=(-2, -1)).astype(jnp.float32)
+
+    def packed(self) -> Float[Array, "O I"]:
+        """The array."""
         return self.array
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> "Dense":

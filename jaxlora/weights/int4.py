@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float, Int, UInt8, UInt32
-from jaxlora.weights.base import AbstractWeight, LowRank, abstract, interleave, pair, repeat_each
+from jaxlora.weights.base import AbstractWeight, LowRank, abstract
 from jaxlora.weights.dense import Dense
-
-GROUP = 64
+from pallas_kernels.packed import GROUP, Packed, interleave, pair
 
 
 @jax.tree_util.register_dataclass
@@ -75,12 +74,20 @@ class Int4(AbstractWeight):
         """code · scale, rounded once to ``dtype``."""
         return self._padded()[:, : self.in_features]
 
+    def largest(self) -> Float[Array, "*layers"]:
+        """8 · max|scale|: code -8 may occur."""
+        return 8 * jnp.max(jnp.abs(self.scales), axis=(-2, -1)).astype(jnp.float32)
+
+    def columns_over(self, scale: Float[Array, ""], dtype: Any, *, transpose: bool = False) -> Float[Array, "rows columns"]:
+        """From the codes, which are a quarter of the decoded weight to turn around."""
+        return self.packed().over(scale, dtype, transpose=transpose)
+
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""
 
     def words(self) -> UInt32[Array, "O half"] | None:
         """Two bf16 columns a word, where no padding is to be cut off."""
-        return pair(*self._columns()) if self.dtype == "bfloat16" and self.in_features % GROUP == 0 else None
+        return pair(*self.packed().columns()) if self.dtype == "bfloat16" and self.in_features % GROUP == 0 else None
 
     def above(self, others: Sequence[AbstractWeight]) -> "Int4 | None":
         """The codes and scales on top of each other."""
@@ -98,17 +105,12 @@ class Int4(AbstractWeight):
             return super().matmul(x, update)
         return Dense(self._padded()).matmul(_pad(x, GROUP), update)
 
-    def _padded(self) -> Float[Array, "O I"]:
-        return interleave(*self._columns(), self.dtype)
+    def packed(self) -> Packed:
+        """The codes as kernels take them."""
+        return Packed(self.codes, self.scales, None, self.in_features)
 
-    def _columns(self) -> tuple[Float[Array, "O half"], Float[Array, "O half"]]:
-        """The even and the odd columns in fp32."""
-        # Shifting left first moves the sign bit of a nibble to the top.
-        nibbles = (jax.lax.shift_left(self.codes, jnp.uint8(4)), self.codes)
-        even, odd = (jax.lax.shift_right_arithmetic(n.astype(jnp.int8), jnp.int8(4)) for n in nibbles)
-        scales = repeat_each(self.scales.astype(jnp.float32), GROUP // 2)
-        # The product of a 4-bit and a bf16 number is exact in fp32, so it is rounded once whatever the dtype.
-        return even.astype(jnp.float32) * scales, odd.astype(jnp.float32) * scales
+    def _padded(self) -> Float[Array, "O I"]:
+        return interleave(*self.packed().columns(), self.dtype)
 
 
 def _pad(x: Array, multiple: int) -> Array:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from conversion.formats import bnb
 from jaxlora.typing import Array, Float, UInt8, UInt32
-from jaxlora.weights.base import AbstractWeight, abstract, interleave, pair, repeat_each
+from jaxlora.weights.base import AbstractWeight, abstract
+from pallas_kernels.packed import Packed, interleave, pair, repeat_each
 
 BLOCK, NESTED_BLOCK = 64, 256
 
@@ -113,25 +114,38 @@ class NF4(AbstractWeight):
     def dequantise(self) -> Float[Array, "O I"]:
         """code_book[code] · absmax, rounded once to ``dtype``."""
         if self.in_rows:
-            return interleave(*self._columns(), self.dtype)
+            return interleave(*self._in_rows().columns(), self.dtype)
         out, features = self.features
         n = out * features
         values = jnp.stack(self._halves(), axis=-1).reshape(-1)[:n]
         scales = repeat_each(self._scales(), self.blocksize)
         return (values * scales[:n]).reshape(out, features).astype(self.dtype)
 
+    def largest(self) -> Float[Array, "*layers"]:
+        """max|code_book| · max|absmax|."""
+        if self.codes.ndim > (2 if self.in_rows else 1):
+            return jax.vmap(lambda leaf: leaf.largest())(self)
+        return jnp.max(jnp.abs(self.code_book)) * jnp.max(jnp.abs(self._scales()))
+
+    def columns_over(self, scale: Float[Array, ""], dtype: Any, *, transpose: bool = False) -> Float[Array, "rows columns"]:
+        """From the codes where blocks end at row ends."""
+        if not self.in_rows:
+            return super().columns_over(scale, dtype, transpose=transpose)
+        return self._in_rows().over(scale, dtype, transpose=transpose)
+
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""
 
     def words(self) -> UInt32[Array, "O half"] | None:
         """Two bf16 columns a word, where blocks end at row ends."""
-        return pair(*self._columns()) if self.dtype == "bfloat16" and self.in_rows else None
+        return pair(*self._in_rows().columns()) if self.dtype == "bfloat16" and self.in_rows else None
 
-    def _columns(self) -> tuple[Float[Array, "O half"], Float[Array, "O half"]]:
-        """The even and the odd columns in fp32."""
-        scales = repeat_each(self._scales(), BLOCK // 2)
-        even, odd = self._halves()
-        return even * scales, odd * scales
+    def packed(self) -> Packed | None:
+        """The codes and scales, where blocks end at row ends."""
+        return self._in_rows() if self.in_rows else None
+
+    def _in_rows(self) -> Packed:
+        return Packed(self.codes, self._scales(), self.code_book, self.features[1])
 
     def _halves(self) -> tuple[Array, Array]:
         return self.code_book[self.codes & 15], self.code_book[self.codes >> 4]

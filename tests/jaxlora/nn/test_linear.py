@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxlora.nn.linear import Linear, project, project_activated
-from jaxlora.nn.mlp import silu_product
+from jaxlora.nn.mlp import PRODUCTS
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
@@ -113,7 +113,7 @@ def test_an_activated_projection_is_the_linear_of_the_activation(dropout):
     key = jax.random.key(3) if dropout else None
 
     def ours(linear, e, g):
-        return project_activated(linear, silu_product, (e, g), key)
+        return project_activated(linear, PRODUCTS["silu"], (e, g), key)
 
     def plain(linear, e, g):
         return linear(jax.nn.silu(e) * g, key)

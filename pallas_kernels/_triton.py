@@ -1,0 +1,36 @@
+"""The one way to a Triton kernel: through jax-triton, imported when it is needed."""
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from pallas_kernels import _kernel
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why no Triton kernel can run in this environment, or None."""
+    absent = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
+    return f"needs {' and '.join(absent)}: pip install 'jaxlora[cuda]'" if absent else None
+
+
+def refuses() -> str | None:
+    """Why no Triton kernel can run here, or None."""
+    return _kernel.device().lacks((8, 0)) or missing()
+
+
+def device_code() -> Any:
+    """The module of the kernels."""
+    from pallas_kernels import triton_code
+
+    return triton_code
+
+
+def call(kernel: Any, *arrays: Any, out: Any, grid: tuple[int, ...], config: Mapping[str, int], **constants: Any) -> Any:
+    """Launches a ``@triton.jit`` kernel whose pointers are the arrays and then the outputs; ``config`` has its blocks, warps and stages."""
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    # jax-triton 0.4 renamed it.
+    shapes = {"out_type" if hasattr(jax_triton, "TensorDescriptor") else "out_shape": out}
+    return jax_triton.triton_call(*arrays, kernel=kernel, grid=grid, **shapes, **constants, **config)

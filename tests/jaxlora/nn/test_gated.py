@@ -1,0 +1,115 @@
+"""A gated MLP through a kernel that makes both projections and their product in one pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlora.adapt import LoRAConfig, attach, partition, select_from
+from jaxlora.models import registry
+from jaxlora.nn import linear as linear_module
+from jaxlora.nn.mlp import GeGLU, SwiGLU
+from jaxlora.nn.stack import edit_linears
+from jaxlora.select import by_flags
+from jaxlora.train.remat import execution
+from jaxlora.train.step import value_and_grad
+from jaxlora.weights.dense import Dense
+from jaxlora.weights.int4 import Int4
+from jaxlora.weights.lora import LoRA
+from jaxlora.weights.nf4 import NF4
+from pallas_kernels import _tuned
+from pallas_kernels.lora_swiglu import KERNEL
+from tests.jaxlora.models.test_parity import text_batch
+from tests.jaxlora.nn.test_linear import assert_close
+from tests.pallas_kernels import h200
+
+WIDTH, HIDDEN = 64, 96
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def mlp(kind=SwiGLU, weight=Dense, ranks=(4, 3, 2), dropout=0.0):
+    made = kind(WIDTH, HIDDEN, dtype=jnp.float32)
+    for i, (linear, rank) in enumerate(zip((made.gate_proj, made.up_proj, made.down_proj), ranks, strict=True)):
+        out, features = linear.features
+        dense = normal(i, out, features) / features**0.5
+        linear.weight.set_value(Dense(dense) if weight is Dense else weight.quantise(dense))
+        if rank:
+            linear.attach(LoRA(normal(10 + i, rank, features) / 8, normal(20 + i, out, rank), jnp.float32(0.5 + i)), dropout=dropout)
+    return made
+
+
+def value_and_gradients(made):
+    graphdef, state = nnx.split(made)
+
+    def loss(state, x):
+        y = nnx.merge(graphdef, state)(x)
+        return jnp.vdot(y, normal(40, *y.shape)), y
+
+    (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)(
+        nnx.to_pure_dict(state), normal(30, 2, 5, WIDTH)
+    )
+    return y, gradients
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Takes the fused path with the backend that runs anywhere."""
+    return lambda: monkeypatch.setattr(linear_module, "_gated_backend", lambda *_: "xla")
+
+
+@pytest.mark.parametrize("kind", [SwiGLU, GeGLU])
+@pytest.mark.parametrize(("weight", "ranks"), [(Dense, (4, 3, 2)), (Int4, (4, 3, 2)), (NF4, (4, 4, None)), (Dense, (None, None, None))])
+def test_the_fused_path_is_the_other_one(kind, weight, ranks, fused):
+    expected = value_and_gradients(mlp(kind, weight, ranks))
+    fused()
+    assert_close(value_and_gradients(mlp(kind, weight, ranks)), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ranks": (4, None, 2)}, {"dropout": 0.5}, {"packed": False}], ids=["one adapter", "dropout", "no packed form"]
+)
+def test_what_a_kernel_cannot_do_goes_the_other_way(options, monkeypatch):
+    made = mlp(**{name: value for name, value in options.items() if name != "packed"})
+    if "packed" in options:
+        monkeypatch.setattr(Dense, "packed", lambda self: None)
+    chosen = []
+    monkeypatch.setattr(linear_module, "GATED", dataclasses.replace(KERNEL, refuses=lambda name, *_, **__: chosen.append(name)))
+    keys = (jax.random.key(0),) * 2
+    assert linear_module._gated_backend((made.gate_proj, made.up_proj), normal(0, 5, WIDTH), "silu", keys) is None and not chosen
+
+
+def int4_llama():
+    """A Llama of two int4 layers whose sizes Mosaic takes, all zeros."""
+    spec = registry.get("llama")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    model = spec.build(spec.read({**spec.tiny, **sizes, "num_hidden_layers": 2, "attention_bias": False, "mlp_bias": False}))
+
+    def pack(path, linear):
+        if linear.weight is not None:
+            linear.weight.set_value(Int4.abstract(linear.features, jnp.bfloat16))
+
+    edit_linears(model, pack)
+    nnx.update(model, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nnx.to_pure_dict(nnx.state(model))))
+    return model
+
+
+def gradient_text(remat, monkeypatch):
+    """The lowered gradient of an adapted ``int4_llama`` on an H200 where Mosaic was measured to be fastest."""
+    model = int4_llama()
+    attach(model, select_from(model, by_flags), LoRAConfig(r=4))
+    graphdef, trainable, frozen = partition(model)
+    batch = jax.tree.map(lambda a: a[None], text_batch("llama"))
+    monkeypatch.setattr(_tuned, "fastest", lambda name: "mosaic" if name == "lora_swiglu" else None)
+    run = execution(remat, attention="xla")
+    return h200.lowered_text(lambda *trees: value_and_grad(graphdef, *trees, run), trainable, frozen, batch)
+
+
+@pytest.mark.parametrize(("remat", "runs"), [(True, 2), ("dots", 1)])
+def test_the_kernel_is_once_in_a_layer_and_again_only_where_its_output_is_recomputed(remat, runs, monkeypatch):
+    assert gradient_text(remat, monkeypatch).count("stablehlo.custom_call @mosaic_gpu_v2") == runs

@@ -1,0 +1,37 @@
+"""Runs the Triton kernels of pallas_kernels/triton_code.py in Triton's interpreter, on a CPU: ``run_triton.py CALLS.npz RESULTS.npz``.
+
+CALLS.npz has, for each call, ``<call>/<argument>`` in the order of the kernel's pointers and ``<call>`` itself: a JSON of the kernel's
+name, its constants, the number of programs and the shapes of its outputs, which start as NaN so that what is not written shows.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+
+CODE = pathlib.Path(__file__).parents[2] / "pallas_kernels" / "triton_code.py"
+
+
+def main(calls: str, results: str) -> None:
+    spec = importlib.util.spec_from_file_location("triton_code", CODE)
+    code = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(code)
+    made = {}
+    with np.load(calls) as file:
+        for name in (name for name in file.files if "/" not in name):
+            call = json.loads(str(file[name]))
+            arrays = [torch.from_numpy(file[f"{name}/{i}"].copy()) for i in range(call["arrays"])]
+            outputs = [torch.full(shape, float("nan")) for shape in call["outputs"]]
+            getattr(code, call["kernel"])[(call["programs"],)](*arrays, *outputs, **call["constants"])
+            made |= {f"{name}/{i}": out.numpy() for i, out in enumerate(outputs)}
+    np.savez(results, **made)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,119 @@
+"""What can be known of GPU kernels without a GPU: Mosaic's lower for an H200, Triton's compute the right numbers in its interpreter."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import KERNELS, _triton
+from pallas_kernels.int4_matmul import int4_matmul
+from pallas_kernels.int4_matmul import triton as product_backend
+from pallas_kernels.lora_swiglu import triton as gated_backend
+from tests.jaxlora.reference import run_oracle
+from tests.pallas_kernels import h200
+
+BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BAND": 2}
+PACKED = ("int4_matmul", "lora_swiglu")
+
+
+def mosaic_cases():
+    for kernel in (KERNELS[name] for name in PACKED):
+        for name, make in kernel.cases.items():
+            case = make(jnp.bfloat16)
+            with h200.pretended():
+                if kernel.refuses("mosaic", **case.arrays, **case.static) is None:
+                    yield pytest.param(kernel, case, id=f"{kernel.name}-{name}")
+
+
+@pytest.mark.parametrize(("kernel", "case"), list(mosaic_cases()))
+def test_mosaic_lowers_for_an_h200_to_one_kernel(kernel, case):
+    text = h200.lowered_text(lambda arrays: kernel.backends["mosaic"](**arrays, **case.static), case.arrays)
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 1
+
+
+def test_mosaic_lowers_the_input_gradient_of_a_swiglu_as_one_kernel():
+    kernel = KERNELS["lora_swiglu"]
+    case = kernel.cases["plain"](jnp.bfloat16)
+
+    def gradient(x, others):
+        return jax.grad(lambda x: kernel.backends["mosaic"](x, **others).astype(jnp.float32).sum())(x)
+
+    others = {name: value for name, value in case.arrays.items() if name != "x"}
+    text = h200.lowered_text(gradient, case.arrays["x"], others)
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"dtype": jnp.float32}, "needs bfloat16, got float32"),
+        ({"form": "nf4"}, "decodes int4 alone"),
+        ({"shape": (64, 128)}, "needs a multiple of 128 output columns, got 64"),
+        ({"rank": 65}, "adds updates of up to 64 columns, got 65"),
+    ],
+)
+def test_mosaic_says_why_it_cannot_run(arrays, reason):
+    made = {"rows": 8, "shape": (128, 128), "rank": 4, **arrays}
+    case = KERNELS["int4_matmul"].cases["one_row"].func(made.pop("dtype", jnp.bfloat16), **made)
+    with h200.pretended(), pytest.raises(NotImplementedError, match=reason):
+        int4_matmul(**case.arrays, backend="mosaic")
+
+
+def test_triton_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(_triton, "missing", lambda: "needs jax_triton: pip install 'jaxlora[cuda]'")
+    case = KERNELS["int4_matmul"].cases["one_row"](jnp.bfloat16)
+    with h200.pretended(), pytest.raises(NotImplementedError, match=r"needs jax_triton: pip install 'jaxlora\[cuda\]'"):
+        int4_matmul(**case.arrays, backend="triton")
+
+
+def recorded(name, case, calls):
+    """What the Triton backend would launch for a case, on fp32 arrays (the interpreter multiplies no bf16)."""
+    launched = {}
+
+    def record(kernel, *arrays, out, grid, config, **constants):
+        outputs = jax.tree.leaves(out)
+        launched.update(kernel=kernel, arrays=arrays, outputs=outputs, programs=grid[0], constants={**config, **constants})
+        return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), out)
+
+    calls(record)
+    constants = {k: v for k, v in launched["constants"].items() if k not in ("num_warps", "num_stages")}
+    outputs = [shape.shape for shape in launched["outputs"]]
+    call = {"kernel": launched["kernel"], "constants": constants, "programs": launched["programs"], "outputs": outputs}
+    arrays = [np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a) for a in launched["arrays"]]
+    return {name: json.dumps({**call, "arrays": len(arrays)}), **{f"{name}/{i}": a for i, a in enumerate(arrays)}}
+
+
+@pytest.mark.oracle
+def test_triton_kernels_compute_what_the_references_do(monkeypatch, tmp_path):
+    files, cases = {}, {}
+    for kernel in (KERNELS[name] for name in PACKED):
+        for name, make in kernel.cases.items():
+            case = make(jnp.float32)
+            cases[f"{kernel.name}.{name}"] = kernel, case
+            files |= recorded(f"{kernel.name}.{name}", case, functools.partial(launch, kernel, case, monkeypatch))
+    np.savez(tmp_path / "calls.npz", **files)
+    run_oracle("run_triton.py", tmp_path / "calls.npz", tmp_path / "results.npz")
+    with np.load(tmp_path / "results.npz") as found:
+        for name, (kernel, case) in cases.items():
+            expected = np.asarray(kernel.reference(**case.arrays, **case.static))
+            assert np.linalg.norm(found[f"{name}/0"] - expected) <= kernel.tolerance["float32"] * np.linalg.norm(expected), name
+
+
+def launch(kernel, case, monkeypatch, record):
+    """Has the Triton backend of a kernel launch into ``record``, with small blocks."""
+    module = {"int4_matmul": product_backend, "lora_swiglu": gated_backend}[kernel.name]
+    monkeypatch.setattr(_triton, "call", record)
+    monkeypatch.setattr(_triton, "device_code", lambda: NAMES)
+    monkeypatch.setattr(module, "refuses", lambda *_: None)
+    config = module.Config(**BLOCKS)
+    monkeypatch.setattr(module._tuned, "config", lambda *_: config)
+    kernel.backends["triton"](**case.arrays, **case.static)
+
+
+class NAMES:
+    """Stands for the device code where Triton is not installed: kernels are their names."""
+
+    matmul, matmul_t, gated = "matmul", "matmul_t", "gated"
