@@ -25,13 +25,15 @@ from jaxlora.errors import raise_all
 from jaxlora.models import registry
 from jaxlora.models.spec import ModelSpec
 from jaxlora.nn.linear import Linear
-from jaxlora.nn.stack import edit_linears, flatten_leaves, linear_paths, nest
+from jaxlora.nn.stack import edit_linears, flatten_leaves, linear_paths, linears, nest
 from jaxlora.select import expand, is_stacked
 from jaxlora.typing import Array, Int
 from jaxlora.weights.base import AbstractWeight
 from jaxlora.weights.dense import Dense
+from jaxlora.weights.float8 import Float8
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.nf4 import NF4
+from pallas_kernels import device
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +51,25 @@ type Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """How to load. ``dtype`` None: bfloat16 on an accelerator, float32 on a CPU; ``max_seq_length`` None: the model's own limit."""
+    """How to load. ``dtype`` None: bfloat16 on an accelerator, float32 on a CPU; ``max_seq_length`` None: the model's own limit.
+
+    ``compute_dtype`` "float8": the Linears that `KEPT` does not name multiply in e4m3 (`weights.float8`), whatever stores them.
+    """
 
     load_in_4bit: bool = False
     quant_type: str = "int4"
     dtype: Any = None
+    compute_dtype: str | None = None
     max_seq_length: int | None = None
 
     def __post_init__(self):
         if self.quant_type not in QUANT_TYPES:
             raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {self.quant_type!r}")
+        if self.compute_dtype not in (None, "float8"):
+            raise ValueError(f'compute_dtype must be None (that of the activations) or "float8", got {self.compute_dtype!r}')
 
     @property
-    def compute_dtype(self) -> Any:
+    def activation_dtype(self) -> Any:
         """The dtype of activations and of unquantised weights."""
         if self.dtype is not None:
             return jnp.dtype(self.dtype)
@@ -95,8 +103,10 @@ def load(folder: str | pathlib.Path, config: LoadConfig = LoadConfig(), *, progr
 
     Raises:
       ValueError: the folder is incomplete or broken, or its tensors are not this architecture's (all strays and gaps are listed).
-      NotImplementedError: an architecture or a config key that is not modelled.
+      NotImplementedError: an architecture or a config key that is not modelled; "float8" on a GPU that has none.
     """
+    if config.compute_dtype == "float8":
+        refuse_float8()
     folder = pathlib.Path(folder)
     raw = read_config(folder)
     spec = registry.get(raw["model_type"])
@@ -104,7 +114,7 @@ def load(folder: str | pathlib.Path, config: LoadConfig = LoadConfig(), *, progr
     model_config = _with_tie(spec, spec.read(raw), checkpoint)
     if config.max_seq_length is not None:
         model_config = spec.lengthen(model_config, config.max_seq_length)
-    dtype = config.compute_dtype
+    dtype = config.activation_dtype
     model = spec.build(model_config, dtype=dtype)
     wanted = [path for stacked in flatten_leaves(nnx.to_pure_dict(nnx.state(model))) for path in expand(stacked)]
     tied = model_config.tie_word_embeddings
@@ -113,8 +123,33 @@ def load(folder: str | pathlib.Path, config: LoadConfig = LoadConfig(), *, progr
     formats, kept = _choose_formats(linear_paths(model), placement, checkpoint, config)
     edit_linears(model, functools.partial(_set_format, formats=formats, dtype=dtype))
     _fill(model, checkpoint, placement, progress)
+    if config.compute_dtype == "float8":
+        multiply_in_float8(model)
     names = {path: type(leaf).__name__ for path, leaf in formats.items()}
     return Loaded(model=model, spec=spec, config=model_config, raw_config=raw, folder=folder, plan=placement, formats=names, kept=kept)
+
+
+def multiply_in_float8(model: nnx.Module) -> None:
+    """Has every Linear that `KEPT` does not name multiply in e4m3; what its weight is stored as stays."""
+    for path, linear in linears(model).items():
+        if linear.weight is not None and not kept_segment(path):
+            linear.weight.set_value(Float8.of(linear.weight.get_value()))
+
+
+def refuse_float8() -> None:
+    """Raises where the GPU multiplies no e4m3; a CPU emulates it.
+
+    Raises:
+      NotImplementedError: says what the GPU is.
+    """
+    lacking = device().lacks((8, 9)) if jax.default_backend() == "gpu" else None
+    if lacking:
+        raise NotImplementedError(f'compute_dtype="float8" {lacking}; leave it out to multiply in bfloat16')
+
+
+def kept_segment(path: str) -> str | None:
+    """The part of a Linear's path for which it keeps its precision, or None."""
+    return next((s for s in path.split(".") if s in KEPT), None) or ("mlp.gate" if path.endswith("mlp.gate") else None)
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -136,16 +171,16 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 def describe_formats(loaded: Loaded) -> str:
     """One line for the banner: how many Linears are packed how, which were left as they are and why, and the dtypes of all the rest."""
     counts, reasons = collections.Counter(loaded.formats.values()), collections.Counter(loaded.kept.values())
-    rest = set()
-    for leaf in flatten_leaves(nnx.to_pure_dict(nnx.state(loaded.model))).values():
-        if not isinstance(leaf, AbstractWeight) or leaf.trainable:
-            rest |= {str(array.dtype) for array in jax.tree.leaves(leaf)}
-    dtypes = " and ".join(sorted(rest))
+    leaves = flatten_leaves(nnx.to_pure_dict(nnx.state(loaded.model)))
+    unpacked = [leaf for leaf in leaves.values() if not isinstance(leaf, AbstractWeight) or leaf.trainable]
+    dtypes = " and ".join(sorted({str(array.dtype) for leaf in unpacked for array in jax.tree.leaves(leaf)}))
+    float8 = sum(len(expand(path)) for path, leaf in leaves.items() if isinstance(leaf, Float8))
+    multiplied = f"; {float8} Linears multiply in float8" if float8 else ""
     if not counts:
-        return f"{dtypes} throughout"
+        return f"{dtypes} throughout{multiplied}"
     packed = ", ".join(f"{n} Linears {name}" for name, n in counts.most_common())
     kept = ", ".join(f"{n} {why}" for why, n in reasons.most_common())
-    return f"{packed}; the rest {dtypes}" + (f", Linears among it: {kept}" if kept else "")
+    return f"{packed}; the rest {dtypes}" + (f", Linears among it: {kept}" if kept else "") + multiplied
 
 
 def _with_tie(spec: ModelSpec, config: Any, checkpoint: Checkpoint) -> Any:
@@ -187,7 +222,7 @@ def _choose_formats(
         elif placement.companions:
             kept[path] = "not quantised in the checkpoint"
         elif config.load_in_4bit:
-            segment = next((s for s in path.split(".") if s in KEPT), None) or ("mlp.gate" if path.endswith("mlp.gate") else None)
+            segment = kept_segment(path)
             if segment:
                 kept[path] = f"{segment} (keeps its precision)"
             else:

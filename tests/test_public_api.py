@@ -41,7 +41,7 @@ POSITIONAL = {
     "SFTTrainer.train": "self resume_from_checkpoint",
 }
 KEYWORDS = {
-    "FastVisionModel.from_pretrained": "full_finetuning quant_type quantization_config token revision trust_remote_code "
+    "FastVisionModel.from_pretrained": "full_finetuning quant_type compute_dtype quantization_config token revision trust_remote_code "
     "use_gradient_checkpointing",
     "FastVisionModel.get_peft_model": "finetune_last_n_layers layers_to_transform layers_pattern use_gradient_checkpointing random_state "
     "use_rslora modules_to_save init_lora_weights rank_pattern alpha_pattern",

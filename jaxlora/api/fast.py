@@ -61,6 +61,7 @@ class FastModel:
         *,
         full_finetuning: bool = False,
         quant_type: str = "int4",
+        compute_dtype: str | None = None,
         quantization_config: Any = None,
         token: str | None = None,
         revision: str | None = None,
@@ -71,7 +72,9 @@ class FastModel:
         """Loads (model, processor or tokenizer) from a hub id, a local folder, or an adapter's folder (its base, then the adapter).
 
         ``load_in_4bit`` quantises 16-bit weights while they load: ``quant_type`` "int4" (symmetric, groups of 64, searched scales) or
-        "nf4" (bitsandbytes'); a bitsandbytes checkpoint stays what it is. ``full_finetuning`` loads 16-bit weights and trains them all.
+        "nf4" (bitsandbytes'); a bitsandbytes checkpoint stays what it is. ``compute_dtype`` "float8" multiplies the frozen weights in e4m3
+        (sm89 and up): faster, with 2.6 % of noise on every operand; adapters stay in the activations' dtype. ``full_finetuning`` loads
+        16-bit weights and trains them all.
 
         Raises:
           ValueError: no such folder; an incomplete or foreign checkpoint; ``trust_remote_code=True`` (repository code never runs).
@@ -92,6 +95,7 @@ class FastModel:
             load_in_4bit=(load_in_4bit or quantization_config is not None) and not full_finetuning,
             quant_type=quant_type,
             dtype=_dtype(dtype),
+            compute_dtype=compute_dtype,
             max_seq_length=max_seq_length if not _has_vision(base) else None,
         )
         loaded = _load_with_progress(base, config)
