@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from benchmarks.geometries import GEOMETRIES
 from jaxlora.models import registry
 from jaxlora.recipes.random_model import tensor_shapes
-from jaxlora.recipes.tiny_tokenizer import make_tokenizer
+from jaxlora.recipes.tiny_tokenizer import ROLES, SPECIAL_TOKENS, make_tokenizer
 
 SHARD_BYTES = 5e9
 TOKENIZERS = {"qwen2_5_vl": "qwen2_vl", "llava": "pixtral"}
@@ -40,9 +40,11 @@ def write_checkpoint(config: Mapping[str, Any], target: pathlib.Path) -> int:
     save_file(shard, target / _file(files), metadata={"format": "pt"})
     (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     kind = config["model_type"]
-    whole = {"architectures": [registry.get(kind).architecture], **config, "torch_dtype": "bfloat16"}
+    family = TOKENIZERS.get(kind, kind)
+    special = {f"{role}_id": SPECIAL_TOKENS[family].index(token) for role, token in ROLES[family].items() if role != "unk_token"}
+    whole = {"architectures": [registry.get(kind).architecture], **config, **special, "torch_dtype": "bfloat16"}
     (target / "config.json").write_text(json.dumps(whole, indent=1))
-    make_tokenizer(target, TOKENIZERS.get(kind, kind))
+    make_tokenizer(target, family)
     return files + 1
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import results
+from benchmarks.geometries import GEOMETRIES, text_layers
 
 OURS, UNSLOTH, HF = "#c2410c", "#1d4ed8", "#6b7280"
 STYLES = {"jaxlora": (OURS, "o", "jaxlora"), "unsloth": (UNSLOTH, "s", "Unsloth"), "hf": (HF, "D", "transformers + PEFT + bitsandbytes")}
@@ -22,6 +23,10 @@ class Panel:
     rows: int = 4
     sequence: int = 2048
     bits: int = 4
+
+    @property
+    def layers(self) -> int:
+        return text_layers(GEOMETRIES[self.model])
 
     def holds(self, row: Mapping[str, str], bits: int) -> bool:
         same = (row["model"], row["rows"], row["sequence"]) == (self.model, str(self.rows), str(self.sequence))
@@ -51,13 +56,15 @@ def points(panel: Panel, ours: Sequence[Mapping[str, str]], rivals: Sequence[Map
     found: dict[tuple[str, str], Point] = {}
     for row in ours:
         bits = {"int4": 4, "bf16": 16}.get(row["weights"], 0)
-        whole = row.get("execution", "") == "" and row["rank"] == "16"
+        whole = row.get("execution", "") == "" and row["rank"] == "16" and row.get("layers") in (None, "", str(panel.layers))
         if panel.holds(row, bits) and whole:
             found["jaxlora", row["remat"]] = _point(
                 "jaxlora", row["remat"] if row["remat"] in ("True", "False") else f'"{row["remat"]}"', row
             )
     for row in rivals:
         if row["task"] == "train" and row["rank"] == "16" and panel.holds(row, int(row["bits"])):
+            # A row that does not say its mode gives way to the first that does.
+            found.pop((row["system"], ""), None)
             found[row["system"], row["gc"]] = _point(row["system"], GC[row["gc"]], row)
     return list(found.values())
 

@@ -68,6 +68,18 @@ def execute(command: Sequence[str], *, path: str = "") -> dict[str, Any]:
     return results.parse_result(done.stdout)
 
 
+def same_work(job: Job, row: dict[str, Any]) -> dict[str, Any]:
+    """The row.
+
+    Raises:
+      ValueError: it is of another model, batch or rank than the job's, and fit for no ratio.
+    """
+    wanted, ran = (job.model, job.rows, job.sequence, job.rank), tuple(row[key] for key in ("model", "rows", "sequence", "rank"))
+    if ran != wanted:
+        raise ValueError(f"no ratio between different work: the job is {wanted}, the run was {ran}")
+    return row
+
+
 def step_s(row: dict[str, Any]) -> float:
     """The median step of a RESULT row, ours or a rival's."""
     return row["step_s"] if "step_s" in row else row["step_ms"] / 1e3
@@ -82,6 +94,7 @@ def compare(job: Job, name: str, ours: Sequence[dict[str, Any]], theirs: dict[st
         "model": job.model, "rows": job.rows, "sequence": job.sequence, "rank": job.rank, "remat": ours[0]["remat"],
         "weights": ours[0]["weights"], "step_s": round(mine, 4), "tok_s": round(job.rows * job.sequence / mine), "peak_gb": peak,
         "limit_gb": "" if job.limit_gb is None else job.limit_gb, "fits": fits, "rival": name, "rival_arguments": rival.arguments,
+        "rival_weights": theirs["weights"] if "weights" in theirs else f"{theirs['bits']} bits",
         "rival_step_s": round(step_s(theirs), 4), "rival_tok_s": theirs["tok_s"], "rival_peak_gb": theirs["peak_gb"],
         "ratio": round(ratio, 3), "must": rival.must, "stretch": rival.stretch or "", "met": fits and ratio >= rival.must,
         "stretch_met": fits and rival.stretch is not None and ratio >= rival.stretch,
@@ -97,7 +110,7 @@ def describe(row: dict[str, Any], first_steps: Sequence[float]) -> str:
         f"{row['job']}: {row['model']}, {row['rows']} x {row['sequence']}, r {row['rank']}",
         f"  ours     {row['weights']}, remat {row['remat']}: {row['step_s']:.4f} s, {row['tok_s']:,} tok/s, {row['peak_gb']} GB{limit}; "
         f"first steps {steps} s",
-        f"  {row['rival']:8} {row['rival_arguments']}: {theirs}",
+        f"  {row['rival']:8} {row['rival_weights']}, {row['rival_arguments']}: {theirs}",
         f"  ratio {row['ratio']:.3f}; must {row['must']}: {'met' if row['met'] else 'NOT MET'}"
         + (f"; stretch {row['stretch']}: {'met' if row['stretch_met'] else 'not met'}" if row["stretch"] else ""),
     ]
@@ -105,25 +118,10 @@ def describe(row: dict[str, Any], first_steps: Sequence[float]) -> str:
 
 
 def run(name: str, args: argparse.Namespace) -> bool:
-    """Runs one job; whether each rival's "must" is met. A rival that fails is told, and is no reason to lose the others."""
-    job, met, commit = JOBS[name], True, {"commit": args.commit or results.head()}
+    """Runs one job, prints and records its ratios; whether each rival's "must" is met."""
+    job, met = JOBS[name], True
     rivals = [r for r in job.rivals if not args.rivals or r in args.rivals]
-    ours: list[dict[str, Any]] = []
-    theirs: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for who in plan(rivals):
-            try:
-                if who == "ours":
-                    ours.append(execute(ours_command(job, cache, args.ours)) | commit)
-                    record(args, "train_step.csv", ours[-1])
-                    continue
-                if job.rivals[who].script != OURS and not (args.checkpoints / job.model / "config.json").exists():
-                    written = [sys.executable, "-m", "benchmarks.make_checkpoint", job.model, str(args.checkpoints / job.model)]
-                    subprocess.run(written, cwd=ROOT, check=True)
-                theirs[who] = execute(rival_command(job, job.rivals[who], args.checkpoints), path=args.rival_path) | commit
-                record(args, "train_step.csv" if job.rivals[who].script == OURS else "rivals.csv", theirs[who])
-            except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
-                print(f"{name}, {who}: {error}", flush=True)
+    ours, theirs = take_turns(name, rivals, args)
     for rival in rivals:
         if not ours or rival not in theirs:
             print(f"{name}: no ratio to {rival}, since a run failed", flush=True)
@@ -135,6 +133,35 @@ def run(name: str, args: argparse.Namespace) -> bool:
         record(args, "versus.csv", row)
         met = met and row["met"]
     return met
+
+
+def take_turns(name: str, rivals: Sequence[str], args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """(our rows, the rivals' by name), all recorded. A run that fails is told, and is no reason to lose the others."""
+    job, commit = JOBS[name], {"commit": args.commit or results.head()}
+    ours: list[dict[str, Any]] = []
+    theirs: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for who in plan(rivals):
+            try:
+                if who == "ours":
+                    ours.append(same_work(job, execute(ours_command(job, cache, args.ours)) | commit))
+                    record(args, "train_step.csv", ours[-1])
+                    continue
+                script = job.rivals[who].script
+                if script != OURS:
+                    write_checkpoint(job.model, args.checkpoints)
+                ran = execute(rival_command(job, job.rivals[who], args.checkpoints), path=args.rival_path) | commit
+                theirs[who] = same_work(job, ran)
+                record(args, "train_step.csv" if script == OURS else "rivals.csv", theirs[who])
+            except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+                print(f"{name}, {who}: {error}", flush=True)
+    return ours, theirs
+
+
+def write_checkpoint(model: str, checkpoints: pathlib.Path) -> None:
+    """Writes a rival's checkpoint where there is none."""
+    if not (checkpoints / model / "config.json").exists():
+        subprocess.run([sys.executable, "-m", "benchmarks.make_checkpoint", model, str(checkpoints / model)], cwd=ROOT, check=True)
 
 
 def record(args: argparse.Namespace, file: str, row: dict[str, Any]) -> None:
@@ -159,6 +186,11 @@ def main() -> int:
     parser.add_argument("--csv", type=pathlib.Path, help="append all rows to the CSVs of this folder")
     parser.add_argument("--commit", default="", help="what was measured, where git cannot say")
     args = parser.parse_args()
+    idle = [name for name in args.jobs if args.rivals and not set(args.rivals) & set(JOBS[name].rivals)]
+    if idle:
+        parser.error(f"none of {args.rivals} is a rival of {', '.join(f'{name} ({", ".join(JOBS[name].rivals)})' for name in idle)}")
+    # Every run has a folder of its own.
+    args.checkpoints, args.rival_path = args.checkpoints.absolute(), args.rival_path and os.path.abspath(args.rival_path)
     return 0 if all([run(name, args) for name in args.jobs]) else 1
 
 

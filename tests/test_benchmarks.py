@@ -85,13 +85,19 @@ def test_the_commands_of_a_job_are_understood_by_the_scripts_that_get_them(name,
 
 
 def ran(step, peak, **other):
-    return {"step_s": step, "tok_s": round(8192 / step), "peak_gb": peak, "first_step_s": 1.0, "remat": "dots", "weights": "int4", **other}
+    work = {"model": "llama-3.1-8b", "rows": 4, "sequence": 2048, "rank": 16, "remat": "dots", "weights": "int4"}
+    return {**work, "step_s": step, "tok_s": round(8192 / step), "peak_gb": peak, "first_step_s": 1.0, **other}
 
 
 @pytest.mark.parametrize(("peak", "theirs", "ratio", "met"), [(33.0, 0.5, 1.25, True), (40.0, 0.5, 1.25, False), (33.0, 0.42, 1.05, False)])
 def test_a_job_is_met_by_the_ratio_of_medians_within_the_memory(peak, theirs, ratio, met):
     row = versus.compare(jobs.JOBS["8b"], "unsloth", [ran(0.39, 32.0), ran(0.41, peak)], ran(theirs, 38.8))
     assert (row["ratio"], row["met"], row["peak_gb"]) == (ratio, met, peak)
+
+
+def test_runs_of_different_work_have_no_ratio():
+    with pytest.raises(ValueError, match="different work"):
+        versus.same_work(jobs.JOBS["8b"], ran(0.4, 33.0, rows=1))
 
 
 def test_versus_runs_in_turn_records_every_row_and_goes_on_when_a_rival_fails(tmp_path, monkeypatch, capsys):
@@ -107,10 +113,10 @@ def test_versus_runs_in_turn_records_every_row_and_goes_on_when_a_rival_fails(tm
         return ran(0.4 if who == "ours" else 0.5, 33.0, device="a card", date="2026-11-24", commit="", jax="0")
 
     monkeypatch.setattr(versus, "execute", execute)
-    arguments = ["versus", "8b", "--checkpoints", str(tmp_path / "checkpoints"), "--rival-path", "wheels", "--csv", str(tmp_path / "csv")]
+    arguments = ["versus", "8b", "--checkpoints", str(tmp_path / "checkpoints"), "--rival-path", "/wheels", "--csv", str(tmp_path / "csv")]
     monkeypatch.setattr(sys, "argv", [*arguments, "--commit", "abc"])
     assert versus.main() == 1
-    assert order == [("ours", ""), ("unsloth", "wheels"), ("ours", ""), ("hf", "wheels")]
+    assert order == [("ours", ""), ("unsloth", "/wheels"), ("ours", ""), ("hf", "/wheels")]
     said = capsys.readouterr().out
     assert "ratio 1.250; must 1.12: met" in said and "out of memory" in said and "no ratio to hf" in said
     assert [row["commit"] for row in results.read(tmp_path / "csv" / "train_step.csv")] == ["abc", "abc"]
