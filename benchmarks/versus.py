@@ -21,6 +21,8 @@ from benchmarks.jobs import JOBS, Job, Rival
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = "benchmarks.train_step"
+# A run that takes longer hangs, or is not worth the machine's time.
+TIMEOUT_S = 300
 
 
 def plan(rivals: Iterable[str]) -> list[str]:
@@ -54,15 +56,15 @@ def execute(command: Sequence[str], *, path: str = "") -> dict[str, Any]:
 
     Raises:
       RuntimeError: it failed; the end of what it printed is in the text.
+      subprocess.TimeoutExpired: it took more than ``TIMEOUT_S``.
     """
     paths = [path, str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     print("+", *command, flush=True)
     # Unsloth writes compiled files into the folder that it is started in.
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        how: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": TIMEOUT_S}
+        done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment, **how)
     if done.returncode:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{done.stdout[-3000:]}")
     return results.parse_result(done.stdout)
@@ -153,7 +155,7 @@ def take_turns(name: str, rivals: Sequence[str], args: argparse.Namespace) -> tu
                 ran = execute(rival_command(job, job.rivals[who], args.checkpoints), path=args.rival_path) | commit
                 theirs[who] = same_work(job, ran)
                 record(args, "train_step.csv" if script == OURS else "rivals.csv", theirs[who])
-            except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+            except (RuntimeError, ValueError, subprocess.SubprocessError) as error:
                 print(f"{name}, {who}: {error}", flush=True)
     return ours, theirs
 
