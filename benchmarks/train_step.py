@@ -1,108 +1,172 @@
 """Times one training step of a real geometry: ``python -m benchmarks.train_step llama-3.1-8b --remat dots``.
 
-Prints one RESULT line. Every token is a label, LoRA is on all seven projections (both towers of a vision-language model), the optimizer
-step is included. As in training, the next step is dispatched before the last one is waited for; the time is the median between ends of
-steps. One process a configuration: the peak is the process's.
+Prints one RESULT line. Every text token is a label, LoRA is on all projections (both towers of a vision-language model), the optimizer
+step is included, and every step is waited for before the next one starts, as in the rivals' scripts. One process a configuration: the
+peak is the process's. ``--abstract`` only lowers the step, without weights, on any machine.
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import json
+import math
 import pathlib
 import statistics
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 
-from benchmarks.geometries import GEOMETRIES
+from benchmarks import results, workload
+from benchmarks.geometries import GEOMETRIES, text_layers, with_layers
 from benchmarks.random_weights import random_model
 from jaxlora.adapt import LoRAConfig, attach, partition, select_from
-from jaxlora.data.batches import make_batch
+from jaxlora.data.batches import Batch, ModelValues, make_batch
 from jaxlora.data.ladder import Shape
+from jaxlora.models import registry
 from jaxlora.select import by_flags
 from jaxlora.train.optim import OptimConfig, optimizer
 from jaxlora.train.remat import execution
 from jaxlora.train.step import make_step
 
 GB = 1e9
-PATCHES = 4096  # one 896 x 896 image of 14-pixel patches
+# As in the rivals' scripts: a constant rate, no decay, no clipping.
+OPTIMIZER = OptimConfig(learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=0.0)
 
 
-def batch_of(values, raw, rows, sequence):
-    """Random tokens; a vision-language model has one image a row and is trained on the text after it."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, min(raw["vocab_size"], 128000), (rows, sequence))
-    labels = ids.copy()
-    inputs, patches = {"input_ids": ids, "labels": labels}, 0
-    if values.vision is not None:
-        image, patches = raw["image_token_id"], PATCHES * rows
-        ids[:, 3], ids[:, 4:1028], ids[:, 1028] = raw["vision_start_token_id"], image, raw["vision_end_token_id"]
-        labels[:, :1029] = -100
-        side = int(PATCHES**0.5)
-        pixels = rng.normal(size=(patches, values.vision.patch_elements)).astype(np.float32)
-        inputs |= {"pixel_values": pixels, "image_grid_thw": np.array([[1, side, side]] * rows)}
-    return make_batch([inputs], values, Shape(sequence, patches), rows=rows, images=rows)
+def batch_of(config: Mapping[str, Any], values: ModelValues, rows: int, sequence: int) -> Batch:
+    """The workload of every benchmark, laid out for a step."""
+    image = workload.make_image(config, rows)
+    shape = Shape(sequence, 0 if image is None else rows * image.patches)
+    return make_batch([workload.make_inputs(config, rows, sequence)], values, shape, rows=rows, images=rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model", choices=GEOMETRIES)
-    parser.add_argument("--remat", default="True")
-    parser.add_argument("--weights", default="int4", choices=("int4", "nf4", "bf16"))
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=2048)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--trace", type=pathlib.Path, help="also profile two steps into this folder")
-    parser.add_argument("--hlo", type=pathlib.Path, help="also write the optimised program to this file")
-    args = parser.parse_args()
-    raw = GEOMETRIES[args.model] | ({"num_hidden_layers": args.layers} if args.layers else {})
-    started = time.perf_counter()
-    model, spec, _ = random_model(raw, args.weights, max_seq_length=args.sequence)
+def make_trees(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(graphdef, trainable, frozen) with random weights and fresh adapters."""
+    model, _, _ = random_model(config, args.weights, max_seq_length=args.sequence)
     attach(model, select_from(model, by_flags), LoRAConfig(r=args.rank, lora_alpha=args.rank))
-    graphdef, trainable, frozen = partition(model)
-    del model
+    return partition(model)
+
+
+def abstract_trees(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The same with shapes instead of arrays: nothing is computed."""
+    graphdefs = []
+
+    def trees() -> tuple[Any, Any]:
+        graphdef, trainable, frozen = make_trees(config, args)
+        graphdefs.append(graphdef)
+        return trainable, frozen
+
+    trainable, frozen = jax.eval_shape(trees)
+    return graphdefs[0], trainable, frozen
+
+
+def step_of(graphdef: Any, args: argparse.Namespace) -> tuple[jax.stages.Wrapped, optax.GradientTransformation]:
+    """The jitted step and its optimizer."""
     remat = {"True": True, "False": False}.get(args.remat, args.remat)
-    optim = optimizer(OptimConfig(learning_rate=1e-4, total_steps=1000, lr_scheduler_type="constant"))
-    step = make_step(graphdef, optim, execution(remat))
+    optim = optimizer(OPTIMIZER)
+    return make_step(graphdef, optim, execution(remat, **dict(pair.split("=", 1) for pair in args.execution))), optim
+
+
+def lower_abstract(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[jax.stages.Lowered, float, float]:
+    """The step of a model that is not there, lowered; with the seconds that tracing and lowering took."""
+    graphdef, trainable, frozen = abstract_trees(config, args)
+    step, optim = step_of(graphdef, args)
+    state = jax.eval_shape(optim.init, trainable)
+    batch = batch_of(config, registry.get(config["model_type"]).values(config), args.rows, args.sequence)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
+    started = time.perf_counter()
+    traced = step.trace(trainable, state, frozen, shapes, jax.ShapeDtypeStruct((), jnp.int32))
+    trace_s = time.perf_counter() - started
+    lowered = traced.lower()
+    return lowered, trace_s, time.perf_counter() - started - trace_s
+
+
+def timed_steps(compiled: Any, trees: Sequence[Any], count: int) -> tuple[tuple[Any, Any], list[float], list[float]]:
+    """((trainable, state), seconds, losses) of ``count`` steps."""
+    trainable, state, frozen, batch = trees
+    seconds, losses = [], []
+    for i in range(count):
+        started = time.perf_counter()
+        trainable, state, metrics = jax.block_until_ready(compiled(trainable, state, frozen, batch, jnp.int32(i)))
+        seconds.append(time.perf_counter() - started)
+        losses.append(round(float(metrics["loss"]), 4))
+    return (trainable, state), seconds, losses
+
+
+def run(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Makes the model, compiles and times the step; the RESULT row."""
+    started = time.perf_counter()
+    graphdef, trainable, frozen = make_trees(config, args)
+    step, optim = step_of(graphdef, args)
     state = jax.jit(optim.init)(trainable)
-    batch = jax.device_put(batch_of(spec.values(raw), raw, args.rows, args.sequence))
-    jax.block_until_ready((frozen, state))
+    batch = jax.device_put(batch_of(config, registry.get(config["model_type"]).values(config), args.rows, args.sequence))
+    jax.block_until_ready((trainable, frozen, state))
     made = time.perf_counter()
     compiled = step.lower(trainable, state, frozen, batch, jnp.int32(0)).compile()
     compile_s = time.perf_counter() - made
-    ends, pending = [], None
-    for i in range(args.steps + 4):
-        trainable, state, metrics = compiled(trainable, state, frozen, batch, jnp.int32(i))
-        if pending is not None:
-            loss = float(pending["loss"])
-            ends.append(time.perf_counter())
-        pending = metrics
-    jax.block_until_ready(trainable)
-    step_s = statistics.median(b - a for a, b in zip(ends[2:], ends[3:], strict=False))
-    memory = compiled.memory_analysis()
-    stats = jax.devices()[0].memory_stats() or {"peak_bytes_in_use": 0}
-    row = {
-        "model": args.model, "weights": args.weights, "rank": args.rank, "remat": args.remat, "rows": args.rows,
-        "sequence": args.sequence, "step_ms": round(1e3 * step_s, 1), "tok_s": round(args.rows * args.sequence / step_s),
-        "peak_gb": round(stats["peak_bytes_in_use"] / GB, 2), "temp_gb": round(memory.temp_size_in_bytes / GB, 2),
-        "host_temp_gb": round(memory.host_temp_size_in_bytes / GB, 2), "compile_s": round(compile_s, 1), "make_s": round(made - started, 1),
-        "loss": round(loss, 4), "layers": raw["num_hidden_layers"],
-        "device": jax.devices()[0].device_kind, "date": datetime.date.today().isoformat(), "commit": args.commit,
-        "jax": importlib.metadata.version("jax"),
-    }  # fmt: skip
-    print("RESULT", json.dumps(row), flush=True)
+    (trainable, state), seconds, losses = timed_steps(compiled, (trainable, state, frozen, batch), args.warmups + args.steps)
+    if not all(map(math.isfinite, losses)):
+        raise SystemExit(f"the loss is not finite: {losses}; no speed is printed")
+    step_s = statistics.median(seconds[args.warmups :])
+    memory, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {"peak_bytes_in_use": 0}
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     if args.hlo:
         args.hlo.write_text(compiled.as_text())
     if args.trace:
         with jax.profiler.trace(str(args.trace), create_perfetto_trace=True):
-            for i in range(2):
-                trainable, state, _ = jax.block_until_ready(compiled(trainable, state, frozen, batch, jnp.int32(i)))
+            timed_steps(compiled, (trainable, state, frozen, batch), 2)
+    return {
+        **settings(config, args), "step_ms": round(1e3 * step_s, 1), "tok_s": round(args.rows * args.sequence / step_s),
+        "peak_gb": round(stats["peak_bytes_in_use"] / GB, 2), "temp_gb": round(memory.temp_size_in_bytes / GB, 2),
+        "host_temp_gb": round(memory.host_temp_size_in_bytes / GB, 2), "compile_s": round(compile_s, 1),
+        "make_s": round(made - started, 1), "loss": losses[-1], "needed_gb": round(needed / GB, 2),
+        "first_step_s": round(compile_s + seconds[0], 1), "losses": losses,
+    }  # fmt: skip
+
+
+def settings(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What was run, and where."""
+    row = {name: vars(args)[name] for name in ("model", "weights", "rank", "remat", "rows", "sequence")}
+    where = results.provenance(jax.devices()[0].device_kind, ("jax",), args.commit)
+    return {**row, "layers": text_layers(config), "execution": args.execution, **where}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("model", choices=GEOMETRIES)
+    made.add_argument("--remat", default="True", choices=("False", "True", "unsloth", "dots"))
+    made.add_argument("--weights", default="int4", choices=("int4", "nf4", "bf16"))
+    made.add_argument("--execution", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of Execution, such as attention=xla")
+    made.add_argument("--rows", type=int, default=4)
+    made.add_argument("--sequence", type=int, default=2048)
+    made.add_argument("--rank", type=int, default=16)
+    made.add_argument("--warmups", type=int, default=3)
+    made.add_argument("--steps", type=int, default=8)
+    made.add_argument("--layers", type=int, help="another number of text layers than the model has")
+    made.add_argument("--abstract", action="store_true", help="only lower the step: seconds to trace it, size of the program")
+    made.add_argument("--cache", help="folder of the compilation cache; without it nothing is cached")
+    made.add_argument("--csv", type=pathlib.Path, help="append the row to this file")
+    made.add_argument("--commit", default="", help="what was measured, where git cannot say")
+    made.add_argument("--trace", type=pathlib.Path, help="also profile two steps into this folder")
+    made.add_argument("--hlo", type=pathlib.Path, help="also write the optimised program to this file")
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
+    config = with_layers(GEOMETRIES[args.model], args.layers)
+    if args.cache:
+        jax.config.update("jax_compilation_cache_dir", args.cache)
+    if args.abstract:
+        lowered, trace_s, lower_s = lower_abstract(config, args)
+        size = len(lowered.as_text())
+        row = {**settings(config, args), "trace_s": round(trace_s, 2), "lower_s": round(lower_s, 2), "program_kb": round(size / 1e3, 1)}
+    else:
+        row = run(config, args)
+    results.print_result(row)
+    if args.csv:
+        results.append(args.csv, row)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""The jobs of ``benchmarks.versus``: what we run, against whom, in how much memory, and by how much we mean to win."""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A script and its arguments beside the job's own; ``must`` and ``stretch`` are ratios of tokens a second, ours over its."""
+
+    script: str
+    arguments: str
+    must: float
+    stretch: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One line of the table: a geometry, a batch, our arguments for ``benchmarks.train_step``, the GB that we may use, the rivals."""
+
+    model: str
+    ours: str
+    rivals: Mapping[str, Rival]
+    limit_gb: float | None = None
+    rows: int = 4
+    sequence: int = 2048
+    rank: int = 16
+
+
+def _text(arguments: str, must: float, stretch: float | None = None) -> Rival:
+    return Rival(script="benchmarks.rivals.torch_train", arguments=arguments, must=must, stretch=stretch)
+
+
+def _vlm(arguments: str, must: float, stretch: float | None = None) -> Rival:
+    return Rival(script="benchmarks.rivals.torch_vlm_train", arguments=arguments, must=must, stretch=stretch)
+
+
+# "hf" is transformers + PEFT + bitsandbytes in its better mode: the faster one of those that fit the card.
+JOBS: Mapping[str, Job] = {
+    "8b": Job(
+        model="llama-3.1-8b",
+        ours="--remat dots",
+        limit_gb=38.8,
+        rivals={
+            "unsloth": _text("--stack unsloth --gc off", 1.12, 1.25),
+            "hf": _text("--stack hf --gc off", 2.0),
+        },
+    ),
+    "8b-small": Job(
+        model="llama-3.1-8b",
+        ours="--remat unsloth",
+        limit_gb=8.7,
+        rivals={
+            "unsloth": _text("--stack unsloth --gc unsloth", 1.12, 1.2),
+            "hf": _text("--stack hf --gc off", 2.0),
+        },
+    ),
+    "8b-fp8": Job(
+        model="llama-3.1-8b",
+        ours="--remat dots --execution compute_dtype=float8",
+        rivals={"unsloth": _text("--stack unsloth --gc off", 1.3, 1.6)},
+    ),
+    "8b-nf4": Job(
+        model="llama-3.1-8b",
+        ours="--remat dots --weights nf4",
+        rivals={"int4": Rival(script="benchmarks.train_step", arguments="--remat dots --weights int4", must=0.95, stretch=0.98)},
+    ),
+    "8b-16bit": Job(
+        model="llama-3.1-8b",
+        ours="--remat dots --weights bf16",
+        limit_gb=49.0,
+        rows=2,
+        sequence=4096,
+        rivals={
+            "unsloth": _text("--stack unsloth --gc off --bits 16", 1.08, 1.2),
+            "hf": _text("--stack hf --gc off --bits 16", 2.0),
+        },
+    ),
+    "8b-long": Job(
+        model="llama-3.1-8b",
+        ours="--remat unsloth",
+        limit_gb=15.3,
+        rows=1,
+        sequence=32768,
+        rivals={
+            "unsloth": _text("--stack unsloth --gc unsloth", 1.15, 1.3),
+            "hf": _text("--stack hf --gc on", 2.0),
+        },
+    ),
+    "vlm-small": Job(
+        model="qwen2-vl-7b",
+        ours="--remat unsloth",
+        limit_gb=10.2,
+        rivals={
+            "unsloth": _vlm("--stack unsloth --gc unsloth", 1.2, 1.35),
+            "hf": _vlm("--stack hf --gc on", 2.0),
+        },
+    ),
+    "vlm": Job(
+        model="qwen2-vl-7b",
+        ours="--remat dots",
+        limit_gb=70.7,
+        rivals={
+            "unsloth": _vlm("--stack unsloth --gc off", 1.2, 1.35),
+            "hf": _vlm("--stack hf --gc on", 2.0),
+        },
+    ),
+}
