@@ -57,7 +57,7 @@ JOBS: Mapping[str, Job] = {
     ),
     "8b-fp8": Job(
         model="llama-3.1-8b",
-        ours="--remat dots --execution compute_dtype=float8",
+        ours="--remat dots --compute float8",
         rivals={"unsloth": _text("--stack unsloth --gc off", 1.3, 1.6)},
     ),
     "8b-nf4": Job(

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Case
+from pallas_kernels import Case, Packed
 from pallas_kernels.attention import cover
+from pallas_kernels.packed import GROUP
 
 DTYPE = jnp.bfloat16
 
@@ -68,12 +69,56 @@ def _plain_cross_entropy(hidden: Any, weight: Any, labels: Any, *, weight_grad: 
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0])
 
 
+def _packed(key: Any, shape: tuple[int, int]) -> Packed:
+    """An int4 weight with codes and scales of its own in every group."""
+    codes, scales = jax.random.split(key)
+    drawn = jax.random.bits(codes, (shape[0], shape[1] // 2), jnp.uint8)
+    sizes = (0.5 + jax.random.uniform(scales, (shape[0], shape[1] // GROUP))) * shape[1] ** -0.5 / 4.6
+    return Packed(drawn, sizes.astype(jnp.bfloat16), None, shape[1])
+
+
+def _product(rows: int, shape: tuple[int, int], rank: int, *, transpose: bool = False) -> Size:
+    contracted, out = shape if transpose else shape[::-1]
+
+    def case(key: Any) -> Case:
+        x, w, u, b = jax.random.split(key, 4)
+        update = jax.random.normal(u, (rows, rank), DTYPE), jax.random.normal(b, (out, rank), DTYPE)
+        arrays = {"x": jax.random.normal(x, (rows, contracted), DTYPE), "weight": _packed(w, shape), "update": update}
+        return Case(arrays=arrays, static={"transpose": transpose}, wrt=("x", "update"))
+
+    product = 2.0 * math.prod((rows, *shape))
+    return Size(case=case, flops=(product, 2 * product))
+
+
+def _swiglu(rows: int, shape: tuple[int, int], rank: int) -> Size:
+    def case(key: Any) -> Case:
+        x, gate, up, *low = jax.random.split(key, 7)
+        scales, shapes = (shape[1] ** -0.5, rank**-0.5), ((rank, shape[1]), (shape[0], rank))
+        parts = [scale * jax.random.normal(k, s, DTYPE) for k, s, scale in zip(low, shapes * 2, scales * 2, strict=True)]
+        arrays = {"x": jax.random.normal(x, (rows, shape[1]), DTYPE), "gate": _packed(gate, shape), "up": _packed(up, shape)}
+        return Case(arrays={**arrays, "lora": (tuple(parts[:2]), tuple(parts[2:]))}, static={"activation": "silu"}, wrt=("x", "lora"))
+
+    products = 4.0 * math.prod((rows, *shape))
+    return Size(case=case, flops=(products, 2 * products))
+
+
 SIZES: Mapping[str, Mapping[str, Size]] = {
     "attention": {
         "llama-3.1-8b, 4 x 2048": _attention(4, 2048, (32, 8), 128, causal=True),
         "llama-3.1-8b, 2 x 4096": _attention(2, 4096, (32, 8), 128, causal=True),
         "llama-3.1-8b, 1 x 32768": _attention(1, 32768, (32, 8), 128, causal=True, dense=False),
         "qwen2-vl tower, 4 x 4096": _attention(4, 4096, (16, 16), 80, causal=False),
+    },
+    "int4_matmul": {
+        "8192 x 4096 -> 14336": _product(8192, (14336, 4096), 16),
+        "8192 x 4096 -> 4096": _product(8192, (4096, 4096), 16),
+        "8192 x 14336 -> 4096": _product(8192, (4096, 14336), 16),
+        "8192 x 14336 -> 4096, transposed": _product(8192, (14336, 4096), 16, transpose=True),
+        "128 x 4096 -> 14336": _product(128, (14336, 4096), 16),
+    },
+    "lora_swiglu": {
+        "8192 x 4096 -> 14336": _swiglu(8192, (14336, 4096), 16),
+        "2048 x 4096 -> 14336": _swiglu(2048, (14336, 4096), 16),
     },
     "linear_cross_entropy": {
         "llama-3.1-8b, 8192 tokens": _cross_entropy(8192, 4096, 128256, weight_grad=False),

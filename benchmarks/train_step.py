@@ -23,6 +23,7 @@ from benchmarks.random_weights import random_model
 from jaxlora.adapt import LoRAConfig, attach, partition, select_from
 from jaxlora.data.batches import Batch, ModelValues, make_batch
 from jaxlora.data.ladder import Shape
+from jaxlora.load import multiply_in_float8
 from jaxlora.models import registry
 from jaxlora.select import by_flags
 from jaxlora.train.optim import OptimConfig, optimizer
@@ -44,6 +45,8 @@ def batch_of(config: Mapping[str, Any], values: ModelValues, rows: int, sequence
 def make_trees(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """(graphdef, trainable, frozen) with random weights and fresh adapters."""
     model, _, _ = random_model(config, args.weights, max_seq_length=args.sequence)
+    if args.compute == "float8":
+        multiply_in_float8(model)
     attach(model, select_from(model, by_flags), LoRAConfig(r=args.rank, lora_alpha=args.rank))
     return partition(model)
 
@@ -127,7 +130,7 @@ def run(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 def settings(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """What was run, and where."""
-    row = {name: vars(args)[name] for name in ("model", "weights", "rank", "remat", "rows", "sequence")}
+    row = {name: vars(args)[name] for name in ("model", "weights", "compute", "rank", "remat", "rows", "sequence")}
     where = results.provenance(jax.devices()[0].device_kind, ("jax",), args.commit)
     return {**row, "layers": text_layers(config), "execution": args.execution, **where}
 
@@ -137,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("model", choices=GEOMETRIES)
     made.add_argument("--remat", default="True", choices=("False", "True", "unsloth", "dots"))
     made.add_argument("--weights", default="int4", choices=("int4", "nf4", "bf16"))
+    made.add_argument("--compute", default="", choices=("", "float8"), help="what the frozen base multiplies in; the activations' without")
     made.add_argument("--execution", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of Execution, such as attention=xla")
     made.add_argument("--rows", type=int, default=4)
     made.add_argument("--sequence", type=int, default=2048)

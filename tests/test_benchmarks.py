@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import gate, jobs, kernel_sizes, longest, plot, results, train_step, versus, workload
+from benchmarks import gate, jobs, kernel_sizes, longest, plot, results, train_step, tune, versus, workload
 from benchmarks.geometries import GEOMETRIES, text_layers, with_layers
 from benchmarks.rivals import measure, torch_train, torch_vlm_train
 from jaxlora.models import registry
-from pallas_kernels import KERNELS
+from pallas_kernels import KERNELS, _tuned, mosaic_code
 
 MODULES = ("gate", "kernels", "longest", "results", "versus", "workload")
 HOST_ONLY = ("gate", "geometries", "jobs", "results", "rivals.measure", "rivals.torch_decode", "rivals.torch_train", "versus", "workload")
@@ -195,3 +195,19 @@ def test_the_plot_takes_the_newest_row_of_each_setting():
 
 def test_every_timed_size_belongs_to_a_kernel():
     assert not set(kernel_sizes.SIZES) - set(KERNELS)
+
+
+def test_the_tuner_keeps_the_fastest_that_is_right_for_what_kernels_read(tmp_path, monkeypatch, capsys):
+    right = {64: 3.0, 128: "relative error 1.0e+00", 192: 2.0, 256: "ValueError: exceeds shared memory"}
+    monkeypatch.setattr(tune, "SIZES", {"int4_matmul": {"small": kernel_sizes._product(8, (128, 64), 4)}})
+    monkeypatch.setattr(tune, "timed", lambda kernel, backend, case, inputs, config: right[config.block_m])
+    monkeypatch.setattr(tune, "median_s", lambda *_, **__: 2.5e-3)
+    monkeypatch.setattr(sys, "argv", ["tune", "--kernel", "int4_matmul", "--backend", "mosaic", "--out", str(tmp_path)])
+    tune.main()
+    (file,) = tmp_path.glob("*.json")
+    table = json.loads(file.read_text())["int4_matmul"]
+    assert table["fastest"] == "mosaic" and table["mosaic"]["8 x 64 x 128"]["ms"] == 2.0
+    monkeypatch.setattr(_tuned, "_here", lambda: {"int4_matmul": table})
+    assert _tuned.config("int4_matmul", "mosaic", mosaic_code.Config, (16, 64, 128)).block_m == 192
+    assert _tuned.fastest("int4_matmul") == "mosaic" and _tuned.fastest("attention") is None
+    assert "relative error" in capsys.readouterr().out
