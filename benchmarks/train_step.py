@@ -68,7 +68,8 @@ def step_of(graphdef: Any, args: argparse.Namespace) -> tuple[jax.stages.Wrapped
     """The jitted step and its optimizer."""
     remat = {"True": True, "False": False}.get(args.remat, args.remat)
     optim = optimizer(OPTIMIZER)
-    return make_step(graphdef, optim, execution(remat, **dict(pair.split("=", 1) for pair in args.execution))), optim
+    options = {name: int(value) if value.isdigit() else value for name, value in (pair.split("=", 1) for pair in args.execution)}
+    return make_step(graphdef, optim, execution(remat, **options)), optim
 
 
 def lower_abstract(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[jax.stages.Lowered, float, float]:

@@ -24,7 +24,7 @@ class Shared:
     generation it is the cache column of each row's first query: 0 for a prompt, whose rows begin at column 0. Layers with a sliding window
     turn by ``local_rope`` where there is one. ``reach`` lets tokens see ahead, as ``attention`` has it. ``deepstack`` are features
     [N, P, F, D], one set for each of the first N layers, and where they belong, as ``features_at`` has it. ``vision`` is what
-    cross-attention layers attend to; without it they are skipped.
+    cross-attention layers attend to; without it they are skipped. ``mlp_tile``: tokens that an MLP takes at a time.
     """
 
     rope: Table
@@ -35,6 +35,7 @@ class Shared:
     reach: Int[Array, "B S"] | None = None
     deepstack: tuple[Float[Array, "N P F D"], Int[Array, "B S"]] | None = None
     vision: "Vision | None" = None
+    mlp_tile: int | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxlora.nn.attention import LayerInputs, Shared, Vision
 from jaxlora.nn.decoder import DecoderConfig
 from jaxlora.nn.linear import Linear, project
-from jaxlora.nn.mlp import SwiGLU
+from jaxlora.nn.mlp import SwiGLU, by_tiles
 from jaxlora.nn.norm import RMSNorm
 from jaxlora.nn.tiles import gate
 from jaxlora.typing import Array, Float
@@ -69,6 +69,6 @@ class CrossLayer(nnx.Module):
         # A token that sees nothing gets exactly zero from attention.
         attended, cache = self.cross_attn(self.input_layernorm(x), vision, layer, shared.backend)
         x = x + gate(self.cross_attn_attn_gate, x.dtype) * attended
-        y = self.mlp(self.post_attention_layernorm(x), layer.keys)
+        y = by_tiles(lambda h: self.mlp(self.post_attention_layernorm(h), layer.keys), x, None if layer.keys else shared.mlp_tile)
         y = jnp.where((vision.lengths > 0)[..., None], y, jnp.zeros((), y.dtype))
         return x + gate(self.cross_attn_mlp_gate, x.dtype) * y, None if shared.column is None else cache

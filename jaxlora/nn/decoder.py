@@ -14,7 +14,7 @@ from jaxlora.nn import rope
 from jaxlora.nn.attention import Attention, AttentionConfig, LayerInputs, Segments, Shared, Vision
 from jaxlora.nn.embed import Embed, features_at
 from jaxlora.nn.linear import Linear
-from jaxlora.nn.mlp import GeGLU, SwiGLU
+from jaxlora.nn.mlp import GeGLU, SwiGLU, by_tiles
 from jaxlora.nn.norm import CentredRMSNorm, RMSNorm
 from jaxlora.nn.stack import Remat, Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
@@ -88,13 +88,21 @@ class Execution:
     """How a forward pass runs; never what it computes.
 
     ``checkpoint`` recomputes blocks in the backward but for what the policy ``remat`` saves; ``attention`` names a backend;
-    adapters drop out only where ``dropout_key`` is given.
+    adapters drop out only where ``dropout_key`` is given. ``mlp_tile`` is how many tokens the decoder's MLPs take at a time (`by_tiles`),
+    ``unroll`` how many periods of a stack are compiled one after the other in a loop.
     """
 
     attention: str = "auto"
     checkpoint: bool = False
     remat: Remat = None
+    mlp_tile: int | None = None
+    unroll: int = 1
     dropout_key: PRNGKeyArray | None = None
+
+    @property
+    def scan(self) -> dict[str, Any]:
+        """How a `Stack` runs its layers."""
+        return {"remat": self.remat, "checkpoint": self.checkpoint, "unroll": self.unroll}
 
 
 class DecoderLayer(nnx.Module):
@@ -111,7 +119,7 @@ class DecoderLayer(nnx.Module):
         """Returns the state and, in generation, the layer's cache."""
         attended, cache = self.self_attn(self.input_layernorm(x), shared, layer)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x), layer.keys), cache
+        return x + by_tiles(lambda h: self.mlp(self.post_attention_layernorm(h), layer.keys), x, _tile(shared, layer)), cache
 
 
 class DeepstackLayer(DecoderLayer):
@@ -142,7 +150,11 @@ class SandwichLayer(nnx.Module):
         """Returns the state and, in generation, the layer's cache."""
         attended, cache = self.self_attn(self.input_layernorm(x), shared, layer)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), layer.keys)), cache
+
+        def mlp(h: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+            return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h), layer.keys))
+
+        return x + by_tiles(mlp, x, _tile(shared, layer)), cache
 
 
 class Extra(TypedDict, total=False):
@@ -188,7 +200,7 @@ class Decoder(nnx.Module):
         layers = LayerInputs(keys=None if key is None else self.layers.dropout_keys(key), cache=caches, number=numbers)
         if isinstance(caches, dict):
             layers = {name: LayerInputs(cache=cache) for name, cache in caches.items()}
-        x, _, outs = self.layers(x, shared, layers, remat=execution.remat, checkpoint=execution.checkpoint)
+        x, _, outs = self.layers(x, shared, layers, **execution.scan)
         return self.norm(x), outs
 
     def shared(
@@ -203,11 +215,17 @@ class Decoder(nnx.Module):
         """What every layer sees; positions are [B, S], or [3, B, S] for M-RoPE."""
         local = None if self.config.local_rope is None else rope.text_table(positions, self.config.head_dim, self.config.local_rope, dtype)
         covering = cover(segments, positions.shape[-1])
-        return Shared(self.rope_table(positions, dtype), covering, execution.attention, column, local, reach)
+        table = self.rope_table(positions, dtype)
+        return Shared(table, covering, execution.attention, column, local, reach, mlp_tile=execution.mlp_tile)
 
     def rope_table(self, positions: Int[Array, "*kinds B S"], dtype: Any) -> rope.Table:
         """cos and sin for the positions, [B, S] or [3, B, S] (M-RoPE)."""
         return rope.text_table(positions, self.config.head_dim, self.config.rope, dtype)
+
+
+def _tile(shared: Shared, layer: LayerInputs) -> int | None:
+    """Tokens a tile of an MLP; none where a Linear drops, whose mask is one for all tokens."""
+    return None if layer.keys else shared.mlp_tile
 
 
 def _norms(config: DecoderConfig, dtype: Any) -> Callable[[], RMSNorm | CentredRMSNorm]:

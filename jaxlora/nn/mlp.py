@@ -30,6 +30,30 @@ class GatedMLP(nnx.Module):
         return project_activated(self.down_proj, PRODUCTS[self.activation], gated, keys.get("down_proj"), value=h)
 
 
+def by_tiles(function: Callable[[Array], Array], x: Float[Array, "*N D"], tile: int | None) -> Float[Array, "*N D"]:
+    """function(x) of a function of each token alone, ``tile`` tokens at a time at the most.
+
+    A tile is recomputed in the backward from its part of x, so that an MLP's wide activations exist for one tile at a time (as in Bekman et
+    al. 2025, arXiv:2506.13996). The tiles are equal; where no near number of them divides the tokens, there is one.
+    """
+    tokens = x.size // x.shape[-1]
+    count = 1 if tile is None else tiles(tokens, tile)
+    if count == 1:
+        return function(x)
+    run = jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names("lora_u"), prevent_cse=False)
+    return jax.lax.map(run, x.reshape(count, tokens // count, x.shape[-1])).reshape(x.shape)
+
+
+def tiles(tokens: int, tile: int) -> int:
+    """The least number of equal tiles of at most ``tile`` tokens, or 1 where the next few numbers divide the tokens no better.
+
+    >>> tiles(8192, 4096), tiles(8192, 8192), tiles(6000, 4096), tiles(8191, 4096)
+    (2, 1, 2, 1)
+    """
+    least = -(-tokens // tile)
+    return next((count for count in range(least, 4 * least + 1) if tokens % count == 0), 1)
+
+
 class PlainMLP(nnx.Module):
     """fc2(act(fc1 x)), with biases."""
 

@@ -104,6 +104,7 @@ class Stack(nnx.Module):
         collect: Sequence[int] = (),
         remat: Remat = None,
         checkpoint: bool = False,
+        unroll: int = 1,
     ) -> tuple[Array, list[Array], Any]:
         """Runs the layers in order; returns (x, collected, per_layer_out).
 
@@ -116,7 +117,7 @@ class Stack(nnx.Module):
         outs: list[tuple[Sequence[int], Any]] = []
         for run in self.runs:
             wanted = sorted({i for i in collect if run.start <= i < run.stop})
-            x, states, run_outs = self._run(run, x, shared, per_layer, wanted, remat, checkpoint)
+            x, states, run_outs = self._run(run, x, shared, per_layer, wanted, remat, checkpoint, min(unroll, run.repeats))
             outs += [(range(*map(int, key.split(":"))), out) for key, out in zip(run.keys, run_outs, strict=True)]
             inputs.update({layer: states[i] for i, layer in enumerate(wanted)})
         if self.depth in collect:
@@ -130,7 +131,7 @@ class Stack(nnx.Module):
         return list(itertools.chain.from_iterable(run.keys for run in self.runs))
 
     def _run(
-        self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], remat: Remat, checkpoint: bool
+        self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], remat: Remat, checkpoint: bool, unroll: int
     ) -> tuple[Array, Any, Any]:
         """(x, the inputs of the ``wanted`` layers on a first axis, what each position's layers returned)."""
         splits = [nnx.split(getattr(self, key)) for key in run.keys]
@@ -142,7 +143,8 @@ class Stack(nnx.Module):
                 x = checkpoint_name(x, "block_input")
                 return nnx.merge(graphdef, state)(x, shared, extra)
 
-            whole = jax.checkpoint(call, policy=remat, prevent_cse=False) if checkpoint else call
+            # Outside a loop, XLA would find the recomputed block to be the first one, and keep all of it.
+            whole = jax.checkpoint(call, policy=remat, prevent_cse=unroll == run.repeats > 1) if checkpoint else call
             # Layers of one structure in a period are traced and lowered once: as calls of one function.
             return jax.jit(whole) if sum(graphdef == other for other, _ in splits) > 1 else whole
 
@@ -160,7 +162,8 @@ class Stack(nnx.Module):
 
         slots = [jnp.array([(*wanted, i).index(i) for i in range(*map(int, key.split(":")))]) if wanted else None for key in run.keys]
         xs = [(split[1], extra, slot) for split, extra, slot in zip(splits, extras, slots, strict=True)]
-        (x, states), results = jax.lax.scan(body, (x, jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None), xs)
+        start = x, jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
+        (x, states), results = jax.lax.scan(body, start, xs, unroll=unroll)
         return x, states, results
 
     def regroup(self, edit: Callable[[int, nnx.Module], None]) -> "Stack":

@@ -80,14 +80,18 @@ def test_accumulating_four_micro_batches_is_one_batch_of_eight(count):
 
 
 @functools.cache
-def gradient_under(policy):
+def gradient_under(policy, **options):
     values, graphdef, trainable, frozen = adapted()
-    return gradient_of(graphdef, trainable, frozen, split(rows(2), values, 2, accumulate=1), execution(policy))
+    return gradient_of(graphdef, trainable, frozen, split(rows(2), values, 2, accumulate=1), execution(policy, **options))
 
 
-@pytest.mark.parametrize("policy", [True, "unsloth", "dots"])
-def test_remat_changes_neither_loss_nor_gradient(policy):
-    (loss, gradient), (expected_loss, expected) = gradient_under(policy), gradient_under(False)
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [(True, {}), ("unsloth", {"mlp_tile": 8}), ("dots", {}), (True, {"unroll": 99})],
+    ids=["True", "unsloth", "dots", "unrolled"],
+)
+def test_remat_changes_neither_loss_nor_gradient(policy, options):
+    (loss, gradient), (expected_loss, expected) = gradient_under(policy, **options), gradient_under(False)
     assert abs(float(loss / expected_loss) - 1) <= REORDERED_FP32
     assert distance(gradient, expected) <= REORDERED_FP32
     assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
