@@ -7,6 +7,8 @@ import jax
 from jaxlora.errors import nearest
 from jaxlora.nn.decoder import Execution
 
+# Tokens: products of this many rows are as fast as any, and weights are decoded anew for each tile.
+MLP_TILE = 8192
 CHOICES = (False, True, "unsloth", "dots", "auto")
 
 
@@ -16,7 +18,7 @@ def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
     memory; "dots" keeps matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work. The R columns
     A·x of each adapter are always kept: they are small, and recomputing them reads x again. Where blocks are recomputed, the decoder's MLPs
-    take 8,192 tokens at a time, or 4,096 for "unsloth": more would only need more memory.
+    take at most 8,192 tokens at a time: more would need more memory and be no faster.
 
     >>> execution(True).checkpoint, execution(False).checkpoint
     (True, False)
@@ -29,7 +31,7 @@ def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution
         case False:
             return Execution(**other)
         case True:
-            return Execution(checkpoint=True, remat=policies.save_only_these_names("lora_u"), **{"mlp_tile": 8192, **other})
+            return Execution(checkpoint=True, remat=policies.save_only_these_names("lora_u"), **{"mlp_tile": MLP_TILE, **other})
         case "unsloth":
             offload = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=["lora_u"],
@@ -37,7 +39,7 @@ def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-            return Execution(checkpoint=True, remat=offload, **{"mlp_tile": 4096, **other})
+            return Execution(checkpoint=True, remat=offload, **{"mlp_tile": MLP_TILE, **other})
         case "dots":
             return Execution(checkpoint=True, remat=policies.save_only_these_names("dot", "attn_out", "attn_lse", "lora_u"), **other)
         case "auto":
