@@ -28,6 +28,7 @@ LIVE = (
     "data/test_processors.py",
     "models/test_gemma3.py",
     "models/test_llava.py",
+    "models/test_llava_config.py",
     "models/test_mllama.py",
     "models/test_parity.py",
     "models/test_qwen_vl.py",

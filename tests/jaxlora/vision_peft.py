@@ -15,7 +15,7 @@ from jaxlora.select import by_flags
 from tests.jaxlora import reference
 from tests.jaxlora.models import qwen_vl
 
-MODELS = ("gemma3", "mllama", *qwen_vl.FAMILY, "llava", "llava_pixtral")
+MODELS = ("gemma3", "mllama", *qwen_vl.FAMILY, "llava", "llava_pixtral", "mistral3")
 INPUTS = (
     *(*qwen_vl.INPUTS, "token_type_ids", "mm_token_type_ids", "image_sizes"),
     *("aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"),
