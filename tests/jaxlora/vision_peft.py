@@ -88,7 +88,12 @@ def write(model_type: str, target: pathlib.Path, cases: tuple[str, ...] = tuple(
         reference.run_oracle("make_vision_peft.py", f"{scratch}/spec.json", target)
 
 
+def write_committed(model_type: str, target: pathlib.Path) -> None:
+    """The committed folder of one model."""
+    write(model_type, target, ("both",))
+
+
 def write_all(target: pathlib.Path) -> None:
     """The committed folders."""
     for model_type in MODELS:
-        write(model_type, target / model_type, ("both",))
+        write_committed(model_type, target / model_type)
