@@ -16,7 +16,7 @@ import transformers
 from make_reference import redraw
 from safetensors.torch import load_file, save_file
 
-# (rows, columns) of the features of each image, where images have their own sizes.
+# (rows, columns) of the features of each image, where images have their own sizes; the third is as wide as an image may be.
 GRIDS = [(2, 4), (5, 3), (1, 6), (3, 3)]
 BREAK, END = 322, 323
 

@@ -17,11 +17,14 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from jaxlora.data.batches import ModelValues, make_batch
 from jaxlora.data.collate import CollateOptions, collate, measure_row
 from jaxlora.data.ladder import Shape
+from jaxlora.data.llava import PixtralProcessor
 from jaxlora.data.patches import patches_of
 from jaxlora.data.positions import VisionValues
 from jaxlora.data.processors import load_processor
 from jaxlora.recipes.tiny_tokenizer import make_tokenizer
 from tests.jaxlora.data.processor_reference import picture
+from tests.jaxlora.models.llava import GRIDS, MERGE, OF_ANY_SIZE
+from tests.jaxlora.models.llava_configs import CONFIGS as MODEL_CONFIGS
 
 SIZES = [(90, 60), (29, 110), (300, 40), (1, 90), (90, 1), (48, 48), (49, 47), (3, 3), (64, 1000), (455, 231), (17, 17), (640, 480)]
 FAMILIES = ("llava", "pixtral", "siglip", "mistral3")
@@ -119,6 +122,16 @@ def test_the_released_sizes_give_the_pixels_of_transformers(tmp_path, family, si
     image = {"llava": CLIPImageProcessorPil, "pixtral": PixtralImageProcessorPil}[family].from_pretrained(folder)
     assert ours["pixel_values"].shape == (1, 3, *side)
     assert np.array_equal(ours["pixel_values"], image(picture(1455, 731), return_tensors="np")["pixel_values"])
+
+
+@pytest.mark.parametrize("name", OF_ANY_SIZE)
+def test_the_widest_image_of_a_models_reference_is_as_wide_as_one_may_be(processors, name):
+    vision, merge = MODEL_CONFIGS[name]["vision_config"], MERGE[name]
+    image_processor = PixtralImageProcessorPil(size={"longest_edge": vision["image_size"]})
+    made = PixtralProcessor(image_processor, processors["pixtral"].tokenizer, vision["patch_size"], merge)
+    grid = made.grid_of((1000, 90))
+    assert grid[2] * vision["patch_size"] == vision["image_size"]
+    assert (grid[1] // merge, grid[2] // merge) in GRIDS
 
 
 def chat(*contents):

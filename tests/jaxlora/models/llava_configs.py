@@ -34,7 +34,7 @@ PIXTRAL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "head_dim": 20,
-    "image_size": 32,
+    "image_size": 24,
     "patch_size": 4,
     "hidden_act": "silu",
     "rope_theta": 1e2,
