@@ -33,6 +33,7 @@ LIVE = (
     "models/test_parity.py",
     "models/test_qwen_vl.py",
     "models/test_qwen_vl_towers.py",
+    "models/test_spellings.py",
     "nn/test_rope.py",
     "train/test_optim.py",
     "test_export.py",
