@@ -15,7 +15,7 @@ from jaxlora.data.qwen_vl import QWEN2_5_VL, QWEN3_VL, QwenVLProcessor
 PROCESSORS = {
     "gemma3": Gemma3Processor.from_pretrained,
     "llava": load_llava,
-    # What merges where no file of the processor says so.
+    # A feature is of 2 x 2 patches where no file says otherwise.
     "mistral3": functools.partial(load_llava, merge=2),
     "mllama": MllamaProcessor.from_pretrained,
     "qwen2_vl": QwenVLProcessor.from_pretrained,

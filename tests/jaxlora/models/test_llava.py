@@ -257,7 +257,14 @@ def test_every_parameter_and_every_adapter_that_a_feature_needs_is_trained(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("llava", "fc1"), ("llava", "out_proj"), ("llava_pixtral", "up_proj"), ("llava", "multi_modal_projector.linear_1")]
+    ("name", "target"),
+    [
+        ("llava", "fc1"),
+        ("llava", "out_proj"),
+        ("llava_pixtral", "up_proj"),
+        ("llava", "multi_modal_projector.linear_1"),
+        ("mistral3", "merging_layer"),
+    ],
 )
 def test_dropout_follows_its_key(name, target):
     model = loaded(name).model
