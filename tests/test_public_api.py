@@ -1,10 +1,13 @@
 """The public names and their arguments: scripts depend on them."""
 
 import inspect
+import pathlib
+import re
 
 import pytest
 
 import jaxlora
+from jaxlora.models import registry
 
 NAMES = {
     "FastLanguageModel",
@@ -133,3 +136,8 @@ def test_training_defaults_are_unsloths():
 def test_one_class_has_several_names():
     assert jaxlora.VisionDataCollator is jaxlora.UnslothVisionDataCollator
     assert jaxlora.TrainingArguments is jaxlora.SFTConfig
+
+
+def test_the_readme_names_every_architecture():
+    [row] = re.findall(r"^\| architectures \|(.*)\|$", pathlib.Path(__file__).parents[1].joinpath("README.md").read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", row)) == sorted(registry.MODELS)

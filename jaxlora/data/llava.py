@@ -20,8 +20,10 @@ _IMAGE_KEYS = (
 _SQUARE = {"CLIPImageProcessor": CLIPImageProcessorPil, "SiglipImageProcessor": SiglipImageProcessorPil}
 
 
-def load_llava(folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageTextProcessor:
-    """The processor of a LLaVA or Pixtral folder, by the image processor that it names; files are transformers 4's or 5's.
+def load_llava(folder: str | Path, *, merge: int = 1, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageTextProcessor:
+    """The processor of a LLaVA, Pixtral or Mistral 3 folder, by the image processor that it names; files are transformers 4's or 5's.
+
+    ``merge`` is Pixtral's spatial_merge_size where no file names one.
 
     Raises:
       FileNotFoundError: no tokenizer or no image processor in the folder.
@@ -35,7 +37,7 @@ def load_llava(folder: str | Path, *, min_pixels: int | None = None, max_pixels:
     if kind == "PixtralImageProcessor":
         own = config.get("patch_size")
         patch = patch or (own["height"] if isinstance(own, Mapping) else own) or 16
-        merge = whole.get("spatial_merge_size") or model.get("spatial_merge_size") or 1
+        merge = whole.get("spatial_merge_size") or model.get("spatial_merge_size") or merge
         return PixtralProcessor(PixtralImageProcessorPil(**given), tokenizer, patch, merge)
     if kind not in _SQUARE:
         known = ", ".join([*_SQUARE, "PixtralImageProcessor"])

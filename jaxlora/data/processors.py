@@ -15,6 +15,8 @@ from jaxlora.data.qwen_vl import QWEN2_5_VL, QWEN3_VL, QwenVLProcessor
 PROCESSORS = {
     "gemma3": Gemma3Processor.from_pretrained,
     "llava": load_llava,
+    # A feature is of 2 x 2 patches where no file says otherwise.
+    "mistral3": functools.partial(load_llava, merge=2),
     "mllama": MllamaProcessor.from_pretrained,
     "qwen2_vl": QwenVLProcessor.from_pretrained,
     "qwen2_5_vl": functools.partial(QwenVLProcessor.from_pretrained, family=QWEN2_5_VL),

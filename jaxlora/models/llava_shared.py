@@ -1,8 +1,8 @@
-"""What LLaVA and Mistral 3 share: the projector, the model of two towers, the reading of towers and of sparse text configurations."""
+"""What LLaVA and Mistral 3 share: a projector's two layers, the model of two towers, the reading of towers and sparse configurations."""
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ TOWERS = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower, "p
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
-    """The two towers' sizes. The features are the tower's states that enter ``feature_layer``."""
+    """The two towers' sizes. The features are the tower's states that enter ``feature_layer``, of ``merge`` x ``merge`` patches each."""
 
     text: DecoderConfig
     vision: SiglipConfig | PixtralConfig
@@ -41,6 +41,7 @@ class LlavaConfig:
     feature_layer: int
     projector_bias: bool
     tie_word_embeddings: bool
+    merge: int = 1
 
 
 def unused(config: "LlavaConfig", path: str) -> bool:
@@ -49,28 +50,37 @@ def unused(config: "LlavaConfig", path: str) -> bool:
     return layer is not None and int(layer[1]) >= config.feature_layer
 
 
+def two_layers(config: LlavaConfig, dtype: Any) -> tuple[Linear, Linear]:
+    """The projector's linear_1 and linear_2: from the tower's width to the decoder's."""
+    tower, width = config.vision.hidden_size, config.text.hidden_size
+    return Linear(tower, width, bias=config.projector_bias, dtype=dtype), Linear(width, width, bias=config.projector_bias, dtype=dtype)
+
+
+def run_two_layers(layers: tuple[Linear, Linear], x: Float[Array, "P F D"], path: str, key: PRNGKeyArray | None) -> Float[Array, "P F O"]:
+    """linear_2(gelu(linear_1 x)) of the projector at ``path``; ``key`` is the forward pass's, before a path is folded in."""
+    keys = [None if key is None else fold_path(key, f"{path}.{name}") for name in ("linear_1", "linear_2")]
+    return project_activated(layers[1], gelu, (layers[0](x, keys[0]),), keys[1])
+
+
 class Projector(nnx.Module):
     """linear_2(gelu(linear_1 x))."""
 
     def __init__(self, config: LlavaConfig, *, path: str, dtype: Any):
         self.path = path
-        tower, width = config.vision.hidden_size, config.text.hidden_size
-        self.linear_1 = Linear(tower, width, bias=config.projector_bias, dtype=dtype)
-        self.linear_2 = Linear(width, width, bias=config.projector_bias, dtype=dtype)
+        self.linear_1, self.linear_2 = two_layers(config, dtype)
 
-    def __call__(self, x: Float[Array, "P W D"], key: PRNGKeyArray | None) -> Float[Array, "P F O"]:
+    def __call__(self, x: Float[Array, "P W D"], key: PRNGKeyArray | None) -> Float[Array, "P W O"]:
         """``key`` is the forward pass's, before a path is folded in."""
-        keys = [None if key is None else fold_path(key, f"{self.path}.{name}") for name in ("linear_1", "linear_2")]
-        return project_activated(self.linear_2, gelu, (self.linear_1(x, keys[0]),), keys[1])
+        return run_two_layers((self.linear_1, self.linear_2), x, self.path, key)
 
 
 class LlavaModel(nnx.Module):
-    """The towers, under the paths ``vision_tower``, ``multi_modal_projector`` and ``language_model``."""
+    """The towers, under the paths ``vision_tower``, ``multi_modal_projector`` (made by ``projector``) and ``language_model``."""
 
-    def __init__(self, config: LlavaConfig, *, path: str, dtype: Any):
+    def __init__(self, config: LlavaConfig, *, projector: Callable[..., nnx.Module], path: str, dtype: Any):
         tower = TOWERS[config.tower]
         self.vision_tower = tower(config.vision, feature_layer=config.feature_layer, path=f"{path}.vision_tower", dtype=dtype)
-        self.multi_modal_projector = Projector(config, path=f"{path}.multi_modal_projector", dtype=dtype)
+        self.multi_modal_projector: Any = projector(config, path=f"{path}.multi_modal_projector", dtype=dtype)
         self.language_model = Decoder(config.text, path=f"{path}.language_model", dtype=dtype)
 
     def __call__(self, batch: Batch, execution: Execution, *, caches: Any, column: Int[Array, " B"] | None) -> tuple[Array, Any]:
@@ -86,8 +96,8 @@ class LlavaModel(nnx.Module):
 class Llava(ImageTextLM):
     """The model and its output head."""
 
-    def __init__(self, config: LlavaConfig, *, dtype: Any = jnp.bfloat16):
-        super().__init__(config, LlavaModel(config, path="model", dtype=dtype), dtype=dtype)
+    def __init__(self, config: LlavaConfig, *, projector: Callable[..., nnx.Module] = Projector, dtype: Any = jnp.bfloat16):
+        super().__init__(config, LlavaModel(config, projector=projector, path="model", dtype=dtype), dtype=dtype)
 
 
 # The sizes of transformers' classes, which the hub's files leave out.
@@ -173,7 +183,7 @@ def values(config: Mapping[str, Any], sizes: LlavaConfig, *, image_token: int) -
     seen = VisionValues(
         image_token_id=image,
         patch_size=vision.patch_size,
-        merge_size=1,
+        merge_size=sizes.merge,
         patch_elements=vision.num_channels * vision.patch_size**2,
         grid=(1, vision.side, vision.side) if isinstance(vision, SiglipConfig) else None,
         row_breaks=isinstance(vision, PixtralConfig),

@@ -12,6 +12,7 @@ MODELS = {
     "llama": "jaxlora.models.llama",
     "llava": "jaxlora.models.llava",
     "mistral": "jaxlora.models.mistral",
+    "mistral3": "jaxlora.models.mistral3",
     "mllama": "jaxlora.models.mllama",
     "qwen2": "jaxlora.models.qwen2",
     "qwen2_5_vl": "jaxlora.models.qwen2_5_vl",

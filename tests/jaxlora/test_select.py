@@ -82,6 +82,13 @@ TABLE = {
         *QWEN2_VL[2:4],
         (["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2", "lm_head"], NEVER),
     ],
+    "mistral3": [
+        (layers("model.vision_tower.transformer.layers", under("attention", QKVO)), VA),
+        (layers("model.vision_tower.transformer.layers", under("feed_forward", GATED)), VM),
+        *QWEN2_VL[2:4],
+        (under("model.multi_modal_projector", ["patch_merger.merging_layer", "linear_1", "linear_2"]), NEVER),
+        (["lm_head"], NEVER),
+    ],
     "gemma3": [
         (layers("model.vision_tower.encoder.layers", under("self_attn", ["q_proj", "k_proj", "v_proj", "out_proj"])), VA),
         (layers("model.vision_tower.encoder.layers", under("mlp", FC)), VM),
@@ -109,6 +116,7 @@ TABLE = {
         (["lm_head"], NEVER),
     ],
 }
+TABLE["llava_siglip"] = TABLE["llava"]
 FLAGS = list(itertools.product([False, True], repeat=4))
 QWEN = [path for paths, _ in QWEN2_VL for path in paths]
 LINEAR_LLAMA = [*layers("model.layers", [*under("self_attn", QKVO), *under("mlp", GATED)]), "lm_head"]
@@ -134,7 +142,7 @@ def test_flags_select_what_the_table_says(architecture, flags):
             by_flags(paths, **names)
 
 
-@pytest.mark.parametrize("model_type", [*registry.MODELS, "llava_pixtral"])
+@pytest.mark.parametrize("model_type", [*registry.MODELS, "llava_siglip", "llava_pixtral"])
 def test_the_real_module_trees_have_the_names_of_the_table(model_type):
     spec = reference.spec_of(model_type)
     text = layers("model.layers", [*under("self_attn", QKVO), *under("mlp", GATED)])

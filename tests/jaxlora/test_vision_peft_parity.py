@@ -21,10 +21,15 @@ from jaxlora.train.step import merge_trees
 from tests.jaxlora import reference, vision_peft
 from tests.jaxlora.models import llava, mllama, qwen_vl
 from tests.jaxlora.test_peft_parity import arrays_by_path, assert_same_gradients, forward, gradient_of
-from tests.jaxlora.vision_peft import CASES, MODELS
+from tests.jaxlora.vision_peft import CASES, LIVE_ALONE, MODELS
 from tests.tolerances import LOGITS_FP32, LOSS_FP32
 
-LIVE = [pytest.param(model_type, case, marks=pytest.mark.oracle) for model_type in MODELS for case in CASES if case != "both"]
+LIVE = [
+    pytest.param(model_type, case, marks=pytest.mark.oracle)
+    for model_type in (*MODELS, *LIVE_ALONE)
+    for case in CASES
+    if case != "both" or model_type in LIVE_ALONE
+]
 every_case = pytest.mark.parametrize(("model_type", "case"), [*((model_type, "both") for model_type in MODELS), *LIVE])
 
 

@@ -15,13 +15,15 @@ from jaxlora.select import by_flags
 from tests.jaxlora import reference
 from tests.jaxlora.models import qwen_vl
 
-MODELS = ("gemma3", "mllama", *qwen_vl.FAMILY, "llava", "llava_pixtral")
+MODELS = ("gemma3", "mllama", *qwen_vl.FAMILY, "llava", "llava_pixtral", "mistral3")
+# Written live alone: Gemma 3 has the same tower.
+LIVE_ALONE = ("llava_siglip",)
 INPUTS = (
     *(*qwen_vl.INPUTS, "token_type_ids", "mm_token_type_ids", "image_sizes"),
     *("aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"),
 )
 # Layers whose states no feature needs: PEFT gives them no gradient.
-UNUSED = {"llava": "vision_tower.encoder.layers.2."}
+UNUSED = dict.fromkeys(("llava", "llava_siglip"), "vision_tower.encoder.layers.2.")
 CASES = {
     "both": {"vision": True, "language": True},
     "vision": {"vision": True, "language": False},
@@ -88,7 +90,12 @@ def write(model_type: str, target: pathlib.Path, cases: tuple[str, ...] = tuple(
         reference.run_oracle("make_vision_peft.py", f"{scratch}/spec.json", target)
 
 
+def write_committed(model_type: str, target: pathlib.Path) -> None:
+    """The committed folder of one model."""
+    write(model_type, target, ("both",))
+
+
 def write_all(target: pathlib.Path) -> None:
     """The committed folders."""
     for model_type in MODELS:
-        write(model_type, target / model_type, ("both",))
+        write_committed(model_type, target / model_type)

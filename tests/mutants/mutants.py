@@ -1,7 +1,6 @@
 """Applies seeded bugs one at a time to a copy of the tree and says which of them the tests notice; see README.md."""
 
 import argparse
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -10,19 +9,11 @@ import sys
 import tempfile
 import time
 
+from record import Mutant
+from vision import VISION_MUTANTS
+
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 600
-
-
-@dataclasses.dataclass(frozen=True)
-class Mutant:
-    """``old`` stands once in ``file``; ``new`` replaces it; ``tests`` (files, or tests of them) must then fail."""
-
-    file: str
-    old: str
-    new: str
-    what: str
-    tests: str
 
 
 # Groups of test files, by what they are about.
@@ -34,9 +25,6 @@ AUTO = "tests/jaxlora/train/test_auto.py"
 STACK = "tests/jaxlora/nn/test_stack.py"
 ROPE = "tests/jaxlora/nn/test_rope.py"
 PARITY = "tests/jaxlora/models/test_parity.py"
-VISION = "tests/jaxlora/models/test_qwen_vl.py"
-GEMMA3 = "tests/jaxlora/models/test_gemma3.py"
-GEMMA3_PROCESSOR = "tests/jaxlora/data/test_gemma3_processor.py"
 PEFT = "tests/jaxlora/test_peft_parity.py"
 STEP = "tests/jaxlora/train/test_step.py"
 LOOP = "tests/jaxlora/train/test_loop.py"
@@ -86,7 +74,7 @@ MUTANTS = [
         LINEAR,
     ),
     Mutant("jaxlora/nn/linear.py", ".astype(x.dtype) / (1 - rate)", ".astype(x.dtype)", "dropout keeps no expectation", LINEAR),
-    # norms, rope, attention, towers
+    # norms, rope, attention
     Mutant("jaxlora/nn/rope.py", "1.0 / rope.theta **", "1.0 / (2 * rope.theta) **", "another rope theta", ROPE),
     Mutant(
         "jaxlora/nn/rope.py",
@@ -154,8 +142,6 @@ MUTANTS = [
         "tokens of an image do not see ahead",
         ATTENTION,
     ),
-    Mutant("jaxlora/models/gemma3.py", "jnp.where(index < 0, columns,", "jnp.where(index <= 0, columns,", "an image ends early", GEMMA3),
-    Mutant("jaxlora/data/gemma3.py", "{self.eoi_token}\\n\\n", "{self.eoi_token}", "no line breaks after an image", GEMMA3_PROCESSOR),
     Mutant(
         "pallas_kernels/attention/xla.py", "(key >= lo) & (key < hi)", "(key >= lo) & (key <= hi)", "a query sees the next key", ATTENTION
     ),
@@ -167,25 +153,6 @@ MUTANTS = [
     Mutant(
         "jaxlora/nn/attention.py", "visible = columns <= last", "visible = columns < last", "decoding does not see its own token", GENERATE
     ),
-    Mutant(
-        "jaxlora/nn/vision.py",
-        "rope.rotate(qkv[:, :, i], shared.rope) for i in (0, 1)",
-        "rope.rotate(qkv[:, :, i], shared.rope) for i in (1, 0)",
-        "q and k of the tower swapped",
-        VISION,
-    ),
-    Mutant(
-        "jaxlora/data/positions.py",
-        "blocks.reshape(h * w, 2)",
-        "np.stack([row, column], -1).reshape(h * w, 2)",
-        "patches in row order, not merge-block order",
-        VISION,
-    ),
-    Mutant(
-        "jaxlora/nn/vision.py", "shared.windows if self.windowed", "shared.windows if not self.windowed", "windows the wrong way", VISION
-    ),
-    Mutant("jaxlora/data/batches.py", "at_feature + np.argsort(order)", "at_feature + order", "features are not put back in order", VISION),
-    Mutant("jaxlora/nn/mlp.py", "jax.nn.sigmoid(1.702 * x32)", "jax.nn.sigmoid(x32)", "silu for quick-gelu", VISION),
     # the step
     Mutant("jaxlora/nn/norm.py", "jnp.mean(g * normed, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
     Mutant("jaxlora/nn/linear.py", "return pull(dx), ", "return pull(x), ", "an activation's gradient of its value", LINEAR),
@@ -349,6 +316,7 @@ MUTANTS = [
     Mutant(
         "jaxlora/api/fast.py", 'refuse_unknown("get_peft_model"', '(lambda *_: None)("get_peft_model"', "unknown arguments vanish", ERRORS
     ),
+    *VISION_MUTANTS,
 ]
 
 

@@ -1,7 +1,8 @@
 """Writes the committed references: ``JAXLORA_ORACLE_PYTHON=… python -m tests.oracle.make_golden [name …]``.
 
-A name is that of a reference (a model_type, or one of its towers), "peft_parity", "vision_peft", "bnb_folders", "rope", "images"
-(processors), or "videos", for which alone the oracle's Python needs torchvision, and which is written only when asked for.
+A name is that of a reference (a model_type, or one of its towers), "peft_parity", "vision_peft" (of one model: "vision_peft/mllama"),
+"bnb_folders", "rope", "images" (processors), or "videos", for which alone the oracle's Python needs torchvision, and which is written only
+when asked for.
 """
 
 import functools
@@ -21,6 +22,7 @@ WRITERS = {
     "bnb_folders": write_bnb_reference,
     "rope": write_rope_reference,
 }
+OF_ONE = {f"vision_peft/{name}": functools.partial(vision_peft.write_committed, name) for name in vision_peft.MODELS}
 # Two kinds of files in one folder.
 PROCESSED = {f"{kind}s": functools.partial(processor_reference.write_all, kind=kind) for kind in ("image", "video")}
 
@@ -30,5 +32,5 @@ for name in sys.argv[1:] or (*MODELS, *WRITERS, "images"):
         PROCESSED[name](folder)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        WRITERS.get(name, functools.partial(write_reference, name))(folder)
+        {**WRITERS, **OF_ONE}.get(name, functools.partial(write_reference, name))(folder)
     print("wrote", folder)

@@ -16,7 +16,7 @@ import transformers
 from make_reference import redraw
 from safetensors.torch import load_file, save_file
 
-# (rows, columns) of the features of each image, where images have their own sizes.
+# (rows, columns) of the features of each image, where images have their own sizes; the third is as wide as an image may be.
 GRIDS = [(2, 4), (5, 3), (1, 6), (3, 3)]
 BREAK, END = 322, 323
 
@@ -54,9 +54,11 @@ def make_inputs(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 
 def compute(model, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Logits, and the outputs of layers, attentions, tower and projector by module path; 0 at padding."""
+    """Logits, and the outputs of layers, attentions, tower, projector and its parts by module path; 0 at padding."""
     found, watched = {}, {"model.multi_modal_projector", "model.language_model.norm"}
     tower = model.get_submodule("model.vision_tower")
+    projector = model.get_submodule("model.multi_modal_projector")
+    watched |= {f"model.multi_modal_projector.{name}" for name in ("norm", "patch_merger") if hasattr(projector, name)}
     watched |= {f"model.vision_tower.{name}" for name in ("embeddings", "pre_layrnorm", "ln_pre") if hasattr(tower, name)}
     layers = "model.vision_tower." + ("transformer" if hasattr(tower, "transformer") else "encoder")
     parts = {

@@ -17,8 +17,8 @@ import transformers
 from make_reference import redraw
 from transformers.models.mllama.processing_mllama import convert_sparse_cross_attention_mask_to_dense, get_cross_attention_token_mask
 
-# The aspect ratio's id of each image of each row.
-RATIOS = ([2, 6], [], [1, 7])
+# The aspect ratio's id of each image of each row: 4 is all four tiles side by side, 7 three above each other.
+RATIOS = ([2, 4], [], [1, 7])
 
 
 def make_inputs(config, generator: torch.Generator) -> dict[str, torch.Tensor]:

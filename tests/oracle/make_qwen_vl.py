@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import transformers
 
-# The last image is what smart_resize makes of 1000 x 90 pixels at a limit of 832, in patches of 4 and merged cells of 8 pixels.
+# In patches of 4 and merged cells of 8 pixels: the first image is what smart_resize makes of 11 x 7 pixels at a least size of 350, the last
+# what it makes of 1000 x 90 at a limit of 832.
 IMAGES, VIDEO = [(1, 4, 6), (1, 8, 4), (1, 2, 24)], (4, 4, 6)
 SECONDS_PER_GRID = 1.5
 

@@ -15,7 +15,7 @@ VOCAB = 400
 
 def write_folder(folder, model_type, **changes):
     """A random checkpoint with a tokenizer whose ids fit it."""
-    family = model_type if model_type in PREPROCESSORS else "llama"
+    family = "pixtral" if model_type == "mistral3" else model_type if model_type in PREPROCESSORS else "llama"
     make_tokenizer(folder, family)
     ids = {entry["content"]: entry["id"] for entry in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
     config = {**registry.get(model_type).tiny, "vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 4096}
@@ -23,6 +23,8 @@ def write_folder(folder, model_type, **changes):
         config = _gemma3_config(folder, config, ids)
     elif family == "mllama":
         config = _mllama_config(folder, config, ids)
+    elif family == "pixtral":
+        config = _mistral3_config(folder, config, ids)
     elif family == "qwen2_vl":
         config |= {"vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
         config |= {"vision_token_id": ids["<|vision_pad|>"], "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"]}
@@ -54,6 +56,17 @@ def _mllama_config(folder, config, ids):
     layers = {"num_hidden_layers": config.pop("num_hidden_layers") + 1, "cross_attention_layers": [1], "pad_token_id": ids["<|pad|>"]}
     text = {**config["text_config"], **own, **layers}
     return config | {"text_config": text, "image_token_index": ids["<|image|>"], "eos_token_id": [ids["<|eot_id|>"]]}
+
+
+def _mistral3_config(folder, config, ids):
+    """The tiny config with the tokenizer's ids, and its processor's sizes."""
+    vision = config["vision_config"]
+    image = json.loads((folder / "preprocessor_config.json").read_text())
+    own = {"patch_size": {side: vision["patch_size"] for side in ("height", "width")}, "size": {"longest_edge": vision["image_size"]}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**image, **own}))
+    sizes = {name: config.pop(name) for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings")}
+    tokens = {"image_token_index": ids["[IMG]"], "eos_token_id": ids["</s>"], "pad_token_id": ids["<pad>"]}
+    return {**config, **tokens, "text_config": {**config["text_config"], **sizes}}
 
 
 def picture(seed, width=70, height=56):
@@ -91,6 +104,11 @@ def qwen2_vl_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def gemma3_folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("gemma3"), "gemma3")
+
+
+@pytest.fixture(scope="session")
+def mistral3_folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("mistral3"), "mistral3")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def text(llama_folder):
     return FastLanguageModel.get_peft_model(model, r=4, lora_alpha=32, init_lora_weights=False), tokenizer
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl_folder", "gemma3_folder", "mllama_folder"])
+@pytest.fixture(scope="module", params=["qwen2_vl_folder", "gemma3_folder", "mistral3_folder", "mllama_folder"])
 def vision(request):
     model, processor = FastVisionModel.from_pretrained(str(request.getfixturevalue(request.param)), load_in_4bit=False)
     return FastVisionModel.get_peft_model(model, r=4, lora_alpha=32, init_lora_weights=False), processor
@@ -139,7 +139,7 @@ def test_prompts_with_and_without_images_are_the_arg_max_of_their_own_logits(vis
     out = model.generate(**together, max_new_tokens=3, eos_token_id=[])[:, together["input_ids"].shape[1] :]
     for b, one in enumerate(prompts):
         alone = images_and_ids(processor, [one], side)
-        media = {k: alone[k] for k in ("pixel_values", "image_grid_thw", "aspect_ratio_ids") if k in alone}
+        media = {k: alone[k] for k in ("pixel_values", "image_grid_thw", "image_sizes", "aspect_ratio_ids") if k in alone}
         assert out[b].tolist() == step_by_step(model, alone["input_ids"][0], 3, **media)
 
 

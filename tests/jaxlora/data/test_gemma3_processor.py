@@ -43,10 +43,11 @@ def theirs_of(folder, length=4):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pixel_values_are_those_of_transformers(folder, processor, size):
-    theirs = theirs_of(folder)(images=picture(*size), text=ONE, return_tensors="np")["pixel_values"]
-    ours = processor(images=picture(*size), text=ONE)["pixel_values"]
-    assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+def test_pixel_values_and_ids_are_those_of_transformers(folder, processor, size):
+    theirs = theirs_of(folder)(images=picture(*size), text=ONE, return_tensors="np")
+    ours = processor(images=picture(*size), text=ONE)
+    assert sorted(ours) == sorted(theirs) and ours["pixel_values"].dtype == theirs["pixel_values"].dtype
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_released_size_gives_the_pixels_of_transformers(tmp_path):

@@ -1,4 +1,4 @@
-"""LLaVA's and Pixtral's processors against transformers' own code, which runs here without torch on its PIL image processors."""
+"""The processors of LLaVA, Pixtral and Mistral 3 against transformers' own code, which runs here without torch on its PIL classes."""
 
 import json
 import sys
@@ -17,15 +17,19 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from jaxlora.data.batches import ModelValues, make_batch
 from jaxlora.data.collate import CollateOptions, collate, measure_row
 from jaxlora.data.ladder import Shape
+from jaxlora.data.llava import PixtralProcessor
 from jaxlora.data.patches import patches_of
 from jaxlora.data.positions import VisionValues
 from jaxlora.data.processors import load_processor
 from jaxlora.recipes.tiny_tokenizer import make_tokenizer
 from tests.jaxlora.data.processor_reference import picture
+from tests.jaxlora.models.llava import GRIDS, MERGE, OF_ANY_SIZE
+from tests.jaxlora.models.llava_configs import CONFIGS as MODEL_CONFIGS
 
 SIZES = [(90, 60), (29, 110), (300, 40), (1, 90), (90, 1), (48, 48), (49, 47), (3, 3), (64, 1000), (455, 231), (17, 17), (640, 480)]
 FAMILIES = ("llava", "pixtral", "siglip", "mistral3")
 PLACEHOLDER = {"llava": "<image>", "siglip": "<image>", "pixtral": "[IMG]", "mistral3": "[IMG]"}
+MODEL_TYPE = {family: "mistral3" if family == "mistral3" else "llava" for family in FAMILIES}
 # Small sizes, so that images are made smaller and larger.
 CONFIGS = {
     "llava": (
@@ -55,7 +59,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processors(folders):
-    return {family: load_processor(folder, "llava") for family, folder in folders.items()}
+    return {family: load_processor(folder, MODEL_TYPE[family]) for family, folder in folders.items()}
 
 
 @pytest.fixture
@@ -104,6 +108,13 @@ def test_a_batch_of_rows_with_and_without_images_is_that_of_transformers(process
     assert_same(processors[family](images=images, text=texts, padding=True), theirs)
 
 
+def test_mistral3_merges_by_two_where_no_file_says_so(folders, tmp_path):
+    for path in folders["mistral3"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "processor_config.json").write_text(json.dumps({"patch_size": 14}))
+    assert load_processor(tmp_path, "mistral3").spatial_merge_size == 2
+
+
 @pytest.mark.parametrize(("family", "side"), [("llava", (336, 336)), ("pixtral", (528, 1024))])
 def test_the_released_sizes_give_the_pixels_of_transformers(tmp_path, family, side):
     folder = make_tokenizer(tmp_path, family)
@@ -111,6 +122,16 @@ def test_the_released_sizes_give_the_pixels_of_transformers(tmp_path, family, si
     image = {"llava": CLIPImageProcessorPil, "pixtral": PixtralImageProcessorPil}[family].from_pretrained(folder)
     assert ours["pixel_values"].shape == (1, 3, *side)
     assert np.array_equal(ours["pixel_values"], image(picture(1455, 731), return_tensors="np")["pixel_values"])
+
+
+@pytest.mark.parametrize("name", OF_ANY_SIZE)
+def test_the_widest_image_of_a_models_reference_is_as_wide_as_one_may_be(processors, name):
+    vision, merge = MODEL_CONFIGS[name]["vision_config"], MERGE[name]
+    image_processor = PixtralImageProcessorPil(size={"longest_edge": vision["image_size"]})
+    made = PixtralProcessor(image_processor, processors["pixtral"].tokenizer, vision["patch_size"], merge)
+    grid = made.grid_of((1000, 90))
+    assert grid[2] * vision["patch_size"] == vision["image_size"]
+    assert (grid[1] // merge, grid[2] // merge) in GRIDS
 
 
 def chat(*contents):
@@ -135,23 +156,27 @@ def test_a_collated_conversation_has_the_ids_of_transformers_and_labels_on_its_a
     assert measure_row(rows[0], processor, CollateOptions())[:2] == (int(made["attention_mask"][0].sum()), patches)
 
 
-def test_a_collated_row_of_pixtral_becomes_a_batch_of_the_measured_size(processors):
-    processor = processors["pixtral"]
+# 3 x 2 features of 16 pixels, or 2 x 1 of 28.
+@pytest.mark.parametrize(("family", "features"), [("pixtral", 6), ("mistral3", 2)])
+def test_a_collated_row_of_any_size_becomes_a_batch_of_the_measured_size(processors, family, features):
+    processor = processors[family]
+    size, merge = processor.patch_size, processor.spatial_merge_size
     row = {"messages": chat([{"type": "image", "image": picture(39, 17)}, {"type": "text", "text": "?"}], "a boat")}
-    vision = VisionValues(image_token_id=processor.image_token_id, patch_size=16, patch_elements=768, row_breaks=True)
+    vision = {"image_token_id": processor.image_token_id, "patch_size": size, "merge_size": merge, "patch_elements": 3 * size**2}
+    values = ModelValues(pad_token_id=0, vision=VisionValues(**vision, row_breaks=True))
     tokens, patches, images = measure_row(row, processor, CollateOptions())
     made = collate([row], processor, CollateOptions())
-    batch = make_batch([made], ModelValues(pad_token_id=0, vision=vision), Shape(tokens, patches), rows=1, images=images)
-    assert np.array_equal(batch.patches[0, 0], patches_of(made["pixel_values"][0], 16, 1))
-    assert batch.vision_index[0, 0][made["input_ids"][0] == processor.image_token_id].tolist() == list(range(6))
-    assert (batch.vision_index[0, 0] >= 0).sum() == 6
+    batch = make_batch([made], values, Shape(tokens, patches), rows=1, images=images)
+    assert np.array_equal(batch.patches[0, 0], patches_of(made["pixel_values"][0], size, merge))
+    assert batch.vision_index[0, 0][made["input_ids"][0] == processor.image_token_id].tolist() == list(range(features))
+    assert (batch.vision_index[0, 0] >= 0).sum() == features
 
 
 @every_family
 def test_saving_and_loading_changes_nothing(processors, tmp_path, family):
     processor, text = processors[family], f"a {PLACEHOLDER[family]}"
     processor.save_pretrained(tmp_path / "saved")
-    again = load_processor(tmp_path / "saved", "llava")
+    again = load_processor(tmp_path / "saved", MODEL_TYPE[family])
     first, second = (made(images=picture(9, 70), text=text) for made in (processor, again))
     assert again.chat_template == processor.chat_template
     assert all(np.array_equal(first[name], second[name]) for name in first)

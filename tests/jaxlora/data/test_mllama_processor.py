@@ -61,11 +61,11 @@ def vision(processor):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pixel_values_and_ratios_of_a_row_are_those_of_transformers(folder, processor, size):
+def test_pixel_values_ratios_and_ids_of_a_row_are_those_of_transformers(folder, processor, size):
     theirs = theirs_of(folder, images=picture(*size), text=ONE)
-    ours = processor.image_inputs([picture(*size)])
+    ours = processor(images=picture(*size), text=ONE)
     assert ours["pixel_values"].dtype == theirs["pixel_values"].dtype == np.float32
-    assert all(np.array_equal(array, theirs[name]) for name, array in ours.items())
+    assert sorted(ours) == sorted(theirs) and all(np.array_equal(array, theirs[name]) for name, array in ours.items())
     assert (ours["aspect_ratio_mask"].sum(-1) == np.take(TILES, ours["aspect_ratio_ids"])).all()
 
 

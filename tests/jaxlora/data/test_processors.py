@@ -9,6 +9,7 @@ from jaxlora.data.positions import patch_positions
 from jaxlora.data.processors import load_processor
 from jaxlora.data.qwen_vl import QwenVLProcessor
 from jaxlora.recipes.tiny_tokenizer import PREPROCESSOR, make_tokenizer
+from tests.jaxlora import reference
 from tests.jaxlora.data import processor_reference
 from tests.jaxlora.data.processor_reference import picture
 from tests.tolerances import REORDERED_FP32, RESIZED_PIXELS
@@ -96,6 +97,14 @@ def test_a_video_puts_successive_frames_in_one_patch(processor):
 def test_measuring_equals_making(processor, size):
     made = processor(images=[Image.new("RGB", size)], text=f"{ONE} two boats")
     assert processor.measure(f"{ONE} two boats", [size]) == (made["input_ids"].shape[1], len(made["pixel_values"]))
+
+
+@every_model
+def test_the_images_of_a_models_reference_are_at_the_limits(model_type, tmp_path):
+    processor = small_limits(tmp_path, model_type)
+    processor.image_processor.patch_size, processor.image_processor.size = 4, {"shortest_edge": 350, "longest_edge": 832}
+    smallest, _, longest = reference.expected(model_type)["image_grid_thw"].tolist()
+    assert processor.grid_of((11, 7)) == tuple(smallest) and processor.grid_of((1000, 90)) == tuple(longest)
 
 
 def test_measuring_a_video_equals_making_it(processor):

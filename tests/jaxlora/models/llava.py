@@ -1,4 +1,4 @@
-"""LLaVA's references, one for each tower, and batches and forward passes of them."""
+"""LLaVA's references, one for each tower, and Mistral 3's; batches and forward passes of them."""
 
 import functools
 
@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxlora.data.batches import make_batch
 from jaxlora.data.ladder import Shape
+from jaxlora.data.positions import patch_positions
 from jaxlora.load import LoadConfig, load
 from jaxlora.models.spec import Batch
 from jaxlora.nn.decoder import Execution
@@ -17,9 +18,16 @@ from tests.jaxlora.models.llava_configs import CONFIGS
 
 NAMES = tuple(CONFIGS)
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+# (rows, columns) of each image's features, as tests/oracle/make_llava.py has them, where images have their own sizes.
+GRIDS = [(2, 4), (5, 3), (1, 6), (3, 3)]
+OF_ANY_SIZE = ("llava_pixtral", "mistral3")
+FEATURES = {name: sum(h * w for h, w in GRIDS) if name in OF_ANY_SIZE else 4 * 9 for name in NAMES}
+# The side of a feature in patches.
+MERGE = {name: CONFIGS[name].get("spatial_merge_size", 1) for name in NAMES}
 # Patches that are used, of those that there is room for.
-USED = {name: 8 + 15 + 6 + 9 if "pixtral" in name else 4 * 9 for name in NAMES}
-TOKENS, PATCHES, IMAGES = 56, 44, 5
+USED = {name: FEATURES[name] * MERGE[name] ** 2 for name in NAMES}
+PATCHES = {name: 44 * MERGE[name] ** 2 for name in NAMES}
+TOKENS, IMAGES = 56, 5
 
 
 @functools.cache
@@ -45,9 +53,22 @@ def at_tokens(name, array):
     return np.asarray(array)[:, : mask.shape[1]][mask]
 
 
-def micro(name, given=None, *, tokens=TOKENS, patches=PATCHES, rows=3, **options) -> Batch:
+def by_patch(name, ours, theirs):
+    """(ours, theirs) [rows, D] of patches or features; CLIP's have a class token before each image's patches."""
+    rows = theirs.reshape(-1, theirs.shape[-1])
+    if len(rows) == USED[name] and MERGE[name] > 1:
+        # Ours are in merge-block order.
+        starts = np.cumsum([0, *(h * w * MERGE[name] ** 2 for h, w in GRIDS)])
+        grids = [(1, h * MERGE[name], w * MERGE[name]) for h, w in GRIDS]
+        cells = [patch_positions(grid, MERGE[name]) for grid in grids]
+        rows = rows[np.concatenate([at + cell @ [grid[2], 1] for at, cell, grid in zip(starts, cells, grids, strict=False)])]
+    return np.asarray(ours)[0, : len(rows)], rows
+
+
+def micro(name, given=None, *, tokens=TOKENS, patches=None, rows=3, **options) -> Batch:
     """One micro-batch on the device: the reference's inputs unless others are given."""
-    batch = make_batch([given or inputs(name)], values(name), Shape(tokens, patches), rows=rows, images=IMAGES, **options)
+    shape = Shape(tokens, PATCHES[name] if patches is None else patches)
+    batch = make_batch([given or inputs(name)], values(name), shape, rows=rows, images=IMAGES, **options)
     return jax.tree.map(lambda a: jnp.asarray(a[0]), batch)
 
 

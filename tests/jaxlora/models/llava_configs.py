@@ -1,5 +1,6 @@
-"""The config.json of every tower that LLaVA has, by the name of its reference."""
+"""The config.json of every tower that LLaVA has, and Mistral 3's, by the name of its reference."""
 
+from jaxlora.models import mistral3
 from jaxlora.models.llava import TINY
 
 TEXT = {
@@ -33,7 +34,7 @@ PIXTRAL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "head_dim": 20,
-    "image_size": 32,
+    "image_size": 24,
     "patch_size": 4,
     "hidden_act": "silu",
     "rope_theta": 1e2,
@@ -43,4 +44,5 @@ CONFIGS = {
     "llava": TINY,
     "llava_siglip": {**WHOLE, "vision_feature_layer": -2, "multimodal_projector_bias": False, "text_config": TEXT, "vision_config": SIGLIP},
     "llava_pixtral": {**WHOLE, "vision_feature_layer": -1, "text_config": TEXT, "vision_config": PIXTRAL},
+    "mistral3": mistral3.TINY,
 }

@@ -1,7 +1,6 @@
-"""LLaVA computes what transformers computes with each of its towers; the references come from tests/oracle/make_llava.py."""
+"""LLaVA with each of its towers and Mistral 3 compute what transformers computes; the references come from tests/oracle/make_llava.py."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from conversion.safetensors_io import open_checkpoint
-from conversion.safetensors_write import write_safetensors
 from jaxlora.adapt import LoRAConfig, attach, partition
 from jaxlora.export import save_merged
-from jaxlora.load import LoadConfig, load
-from jaxlora.models.llava import SPEC
 from jaxlora.models.spec import Batch
 from jaxlora.nn import pixtral as pixtral_module
 from jaxlora.nn.attention import LayerInputs
@@ -22,13 +17,14 @@ from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
 from jaxlora.nn.vision import fuse
 from jaxlora.select import by_flags, by_pattern, expand, is_stacked
-from jaxlora.weights.dense import Dense
 from tests.jaxlora import reference
 from tests.jaxlora.models.llava import (
     CONFIGS,
     NAMES,
+    OF_ANY_SIZE,
     USED,
     at_tokens,
+    by_patch,
     expected,
     inputs,
     loaded,
@@ -36,13 +32,13 @@ from tests.jaxlora.models.llava import (
     micro,
     runner,
     shared_model,
-    values,
 )
 from tests.tolerances import LOGITS_FP32, PACKED_FP32, SENSITIVITY
 
 every_tower = pytest.mark.parametrize("name", NAMES)
-# SigLIP's differs from CLIP's where patches become states.
-two_towers = pytest.mark.parametrize("name", ["llava", "llava_pixtral"])
+# SigLIP's differs from CLIP's where patches become states, and Pixtral's is Mistral 3's as well.
+two_towers = pytest.mark.parametrize("name", ["llava", "mistral3"])
+but_siglip = pytest.mark.parametrize("name", [name for name in NAMES if name != "llava_siglip"])
 
 
 @every_tower
@@ -64,12 +60,6 @@ def states_of(model, batch, monkeypatch):
     return states
 
 
-def by_patch(name, ours, theirs):
-    """(ours, theirs) [patches, D]; CLIP's have a class token before each image's patches."""
-    used = USED[name] + 4 * (name == "llava" and theirs.shape[-2] % 10 == 0)
-    return ours[0, :used], theirs.reshape(used, -1)
-
-
 @every_tower
 def test_every_layer_of_both_towers_gives_what_transformers_gives(name, monkeypatch):
     found = states_of(shared_model(name), micro(name), monkeypatch)
@@ -78,6 +68,14 @@ def test_every_layer_of_both_towers_gives_what_transformers_gives(name, monkeypa
         theirs = expected(name)[f"module:{path}"]
         pair = by_patch(name, state, theirs) if "vision" in path else [at_tokens(name, array) for array in (state, theirs)]
         assert np.abs(pair[0] - pair[1]).max() <= LOGITS_FP32, path
+
+
+def test_norm_and_patch_merger_of_mistral3_give_what_transformers_gives():
+    projector, batch = shared_model("mistral3").model.multi_modal_projector, micro("mistral3")
+    normed = projector.norm(shared_model("mistral3").model.vision_tower(batch, Execution(), jnp.float32))
+    for part, state in (("norm", normed), ("patch_merger", projector.patch_merger(normed, None))):
+        ours, theirs = by_patch("mistral3", state, expected("mistral3")[f"module:model.multi_modal_projector.{part}"])
+        assert np.abs(ours - theirs).max() <= LOGITS_FP32, part
 
 
 @every_tower
@@ -99,7 +97,7 @@ def layers_of(stack):
         yield nnx.merge(graphdef, jax.tree.map(lambda a, at=at: a[at], state))
 
 
-@two_towers
+@but_siglip
 def test_every_attention_and_mlp_of_both_towers_gives_what_transformers_gives(name, monkeypatch):
     batch, model = micro(name), shared_model(name).model
     tower, seen = model.vision_tower, {}
@@ -113,9 +111,10 @@ def test_every_attention_and_mlp_of_both_towers_gives_what_transformers_gives(na
     monkeypatch.setattr(Stack, "__call__", recording)
     features = model.multi_modal_projector(tower(batch, Execution(), jnp.float32), None)
     [(path, (x, shared))] = seen.items()
-    first, second = ("attention", "feed_forward") if "pixtral" in name else ("self_attn", "mlp")
-    norms = ("attention_norm", "ffn_norm") if "pixtral" in name else ("layer_norm1", "layer_norm2")
-    for i, layer in enumerate(layers_of(tower.transformer.layers if "pixtral" in name else tower.encoder.layers)):
+    of_pixtral = name in OF_ANY_SIZE
+    first, second = ("attention", "feed_forward") if of_pixtral else ("self_attn", "mlp")
+    norms = ("attention_norm", "ffn_norm") if of_pixtral else ("layer_norm1", "layer_norm2")
+    for i, layer in enumerate(layers_of(tower.transformer.layers if of_pixtral else tower.encoder.layers)):
         attended = getattr(layer, first)(getattr(layer, norms[0])(x), shared, {})
         made = getattr(layer, second)(getattr(layer, norms[1])(x + attended), {})
         for part, state in ((first, attended), (second, made)):
@@ -136,7 +135,7 @@ def test_every_attention_and_mlp_of_both_towers_gives_what_transformers_gives(na
         x = x + attended + made
 
 
-@two_towers
+@but_siglip
 def test_bf16_logits_are_as_near_as_those_of_transformers(name):
     ours = at_tokens(name, logits_of(loaded(name, "bfloat16").model, micro(name)))
     assert np.sqrt(np.mean((ours - at_tokens(name, expected(name)["logits"])) ** 2)) <= 1.2 * expected(name)["bf16_error"]
@@ -157,7 +156,7 @@ def test_data_shards_change_nothing(name):
     assert np.abs(at_tokens(name, one[:3]) - at_tokens(name, two[:3])).max() <= LOGITS_FP32
 
 
-@two_towers
+@but_siglip
 def test_packed_rows_are_the_same_rows_alone(name):
     given, mask = inputs(name), inputs(name)["attention_mask"].astype(bool)
     packed = {key: array for key, array in given.items() if key in ("pixel_values", "image_sizes")}
@@ -174,7 +173,7 @@ def test_remat_changes_nothing(name):
 
 def unused(name, path, layer):
     """Whether a feature of layer -2 does without: the tower's last layer, and the norm after it."""
-    return "pixtral" not in name and ("post_layernorm" in path or ("vision_tower.encoder.layers" in path and layer == 2))
+    return name not in OF_ANY_SIZE and ("post_layernorm" in path or ("vision_tower.encoder.layers" in path and layer == 2))
 
 
 @every_tower
@@ -258,7 +257,14 @@ def test_every_parameter_and_every_adapter_that_a_feature_needs_is_trained(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("llava", "fc1"), ("llava", "out_proj"), ("llava_pixtral", "up_proj"), ("llava", "multi_modal_projector.linear_1")]
+    ("name", "target"),
+    [
+        ("llava", "fc1"),
+        ("llava", "out_proj"),
+        ("llava_pixtral", "up_proj"),
+        ("llava", "multi_modal_projector.linear_1"),
+        ("mistral3", "merging_layer"),
+    ],
 )
 def test_dropout_follows_its_key(name, target):
     model = loaded(name).model
@@ -269,28 +275,12 @@ def test_dropout_follows_its_key(name, target):
     assert a == again != b
 
 
-@two_towers
+@but_siglip
 def test_quantising_leaves_tower_and_projector_as_they_are(name):
     kept, formats = loaded(name, load_in_4bit=True).kept, loaded(name, load_in_4bit=True).formats
     paths = linear_paths(shared_model(name))
     assert set(kept) == {p for p in paths if "language_model" not in p}
     assert {path for path, form in formats.items() if form == "Int4"} == {p for p in paths if "language_model" in p}
-
-
-@every_tower
-@pytest.mark.parametrize("spelling", SPEC.rules.spellings, ids=lambda s: s.name)
-def test_every_spelling_loads_to_the_same_bits(name, spelling, tmp_path):
-    checkpoint = open_checkpoint(reference.reference_folder(name))
-    hub = SPEC.rules.detect(checkpoint.names())
-    tensors = {spelling.to_disk(hub.to_path(key)): checkpoint.read(key) for key in checkpoint.names()}
-    extra = {spelling.to_disk("model.vision_tower.head.probe"): np.zeros((1, 1, 36), np.float32)} if name == "llava_siglip" else {}
-    write_safetensors(tmp_path / "model.safetensors", {**tensors, **extra})
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
-    held = flatten(nnx.to_pure_dict(nnx.state(load(tmp_path, LoadConfig(dtype="bfloat16")).model)))
-    arrays = {path: leaf.array if isinstance(leaf, Dense) else leaf for path, leaf in held.items()}
-    assert sorted(spelling.to_disk(path) for path in arrays) == sorted(tensors)
-    for path, array in arrays.items():
-        assert np.asarray(array).tobytes() == np.asarray(tensors[spelling.to_disk(path)]).tobytes(), path
 
 
 @every_tower
@@ -301,54 +291,6 @@ def test_a_model_is_written_as_it_was_read(name, full, tmp_path):
     save_merged(tmp_path / "m", trainable=trainable, frozen=frozen, loaded=model)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "m" / file).read_bytes() == (reference.reference_folder(name) / file).read_bytes()
-
-
-@every_tower
-@pytest.mark.parametrize("file", ["config.json", "config_v5.json"])
-def test_old_and_new_configs_mean_the_same(name, file):
-    raw = json.loads((reference.reference_folder(name) / file).read_text())
-    assert SPEC.read(raw) == SPEC.read(CONFIGS[name])
-    assert SPEC.values(raw) == values(name)
-
-
-def test_the_hubs_sparse_file_of_llava_1_5_is_read():
-    vision = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
-    raw = {
-        "model_type": "llava",
-        "ignore_index": -100,
-        "image_token_index": 32000,
-        "pad_token_id": 32001,
-        "projector_hidden_act": "gelu",
-        "text_config": {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064},
-        "tie_word_embeddings": False,
-        "vision_config": {**vision, "model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 768, "vocab_size": 32000},
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "vocab_size": 32064,
-    }
-    config, found = SPEC.read(raw), SPEC.values(raw)
-    assert (config.feature_layer, config.vision.side, config.text.hidden_size, len(config.text.windows)) == (23, 24, 4096, 32)
-    assert (found.vocab_size, found.pad_token_id, found.vision.grid) == (32064, 32001, (1, 24, 24))
-
-
-def test_the_hubs_sparse_file_of_pixtral_is_read():
-    text = {"head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 14336, "is_composition": True}
-    text |= {"max_position_embeddings": 1024000, "model_type": "mistral", "num_hidden_layers": 40, "num_key_value_heads": 8}
-    vision = {"head_dim": 64, "hidden_act": "silu", "image_size": 1024, "is_composition": True, "model_type": "pixtral", "patch_size": 16}
-    raw = {
-        "model_type": "llava",
-        "ignore_index": -100,
-        "image_seq_length": 1,
-        "image_token_index": 10,
-        "projector_hidden_act": "gelu",
-        "text_config": {**text, "rms_norm_eps": 1e-05, "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072},
-        "vision_config": {**vision, "rope_theta": 10000.0, "tie_word_embeddings": False},
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-    }
-    config, found = SPEC.read(raw), SPEC.values(raw)
-    assert (config.feature_layer, config.vision.head_dim, config.text.windows[0], config.text.num_attention_heads) == (24, 64, None, 32)
-    assert (found.vision.image_token_id, found.vision.row_breaks, found.vision.patch_elements) == (10, True, 768)
 
 
 @pytest.mark.parametrize(
@@ -365,29 +307,3 @@ def test_images_that_do_not_fit_are_refused(name, change, message):
     given = {key: array for key, array in {**inputs(name), **change}.items() if array is not None}
     with pytest.raises(ValueError, match=message):
         micro(name, given)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("llava", {"use_qk_norm": True}, "use_qk_norm = True is unknown"),
-        ("llava", {"projector_hidden_act": "relu"}, "projector_hidden_act = 'relu' is not implemented"),
-        ("llava", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy = 'full' is not implemented for clip_vision"),
-        ("llava", {"vision_feature_layer": [-2, -5]}, r"vision_feature_layer = \[-2, -5\] is not implemented"),
-        ("llava", {"vision_feature_layer": -5}, "vision_feature_layer = -5 is not implemented"),
-        ("llava", {"vision_config": {"hidden_act": "relu"}}, "hidden_act = 'relu' is not implemented"),
-        ("llava", {"vision_config": {"model_type": "dinov2"}}, "vision_config is of model_type 'dinov2'"),
-        ("llava", {"text_config": {"model_type": "phi"}}, "text_config is of model_type 'phi'"),
-        ("llava", {"vision_config": {"num_attention_heads": 5}}, "hidden_size=36 must be a multiple of num_attention_heads=5"),
-        ("llava_pixtral", {"vision_config": {"hidden_act": "gelu"}}, "hidden_act = 'gelu' is not implemented in Pixtral's tower"),
-        ("llava_pixtral", {"vision_config": {"head_dim": 16}}, "head_dim = 16 is not implemented"),
-        ("llava_pixtral", {"vision_config": {"head_dim": None, "num_attention_heads": 20}}, "the head size 2 must be a multiple of 4"),
-        ("llava_pixtral", {"vision_config": {"num_attention_heads": 3}}, "hidden_size=40 must be a multiple of num_attention_heads=3"),
-        ("llava_pixtral", {"vision_feature_select_strategy": "default"}, "is not implemented for pixtral; expected 'full'"),
-    ],
-)
-def test_what_is_not_modelled_is_refused(name, change, message):
-    config = CONFIGS[name]
-    nested = {key: {**config[key], **value} if isinstance(value, dict) else value for key, value in change.items()}
-    with pytest.raises((ValueError, NotImplementedError), match=message):
-        SPEC.read({**config, **nested})
