@@ -67,7 +67,7 @@ def quickstart(python: pathlib.Path, arguments: list[str]) -> int:
 
 def test(python: pathlib.Path, arguments: list[str]) -> int:
     """All tests that need no torch and no GPU."""
-    return run(python, "-m", "pytest", "-q", "-n", "2", *arguments)
+    return run(python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *arguments)
 
 
 def check(python: pathlib.Path, arguments: list[str]) -> int:

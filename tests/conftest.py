@@ -2,11 +2,17 @@
 
 import importlib.util
 import os
+import tempfile
 
 if not os.environ.get("JAXLORA_TEST_GPU"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Tiny programs, compiled once and run once: LLVM's optimisations cost twice what they save.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # Workers and the processes that they start compile many of the same programs: the first to come keeps them for the others.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        programs = tempfile.TemporaryDirectory(prefix="jaxlora-programs-")
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": programs.name, "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 if importlib.util.find_spec("beartype"):
     import jaxtyping

@@ -1,5 +1,6 @@
 """Where the parity tests get their reference: committed golden folders, or the oracle's Python, live."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -8,7 +9,9 @@ import subprocess
 import tempfile
 
 import numpy as np
+from flax import nnx
 
+from jaxlora.load import LoadConfig, Loaded, load
 from jaxlora.models import registry
 from jaxlora.models.spec import ModelSpec
 from tests.jaxlora.models import llava_configs
@@ -52,6 +55,17 @@ def reference_folder(model_type: str) -> pathlib.Path:
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"jaxlora-{model_type}-"))
     write_reference(model_type, folder)
     return folder
+
+
+def fresh(model_type: str, **options: object) -> Loaded:
+    """A reference as ``load`` gives it, for a test to change: new modules over arrays that are loaded once, and that nobody may donate."""
+    loaded = _loaded(model_type, LoadConfig(**options))
+    return dataclasses.replace(loaded, model=nnx.merge(*nnx.split(loaded.model)))
+
+
+@functools.cache
+def _loaded(model_type: str, config: LoadConfig) -> Loaded:
+    return load(reference_folder(model_type), config)
 
 
 def write_reference(model_type: str, folder: pathlib.Path) -> None:

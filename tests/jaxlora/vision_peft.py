@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 
 from jaxlora.data.batches import ModelValues
-from jaxlora.load import LoadConfig, Loaded, load
+from jaxlora.load import Loaded
 from jaxlora.nn.stack import linear_paths
 from jaxlora.select import by_flags
 from tests.jaxlora import reference
@@ -66,7 +66,7 @@ def values(model_type: str) -> ModelValues:
 
 def load_reference(model_type: str) -> Loaded:
     """The reference model, computing as transformers does."""
-    loaded = load(reference.reference_folder(model_type), LoadConfig(dtype="float32"))
+    loaded = reference.fresh(model_type, dtype="float32")
     if model_type == "mllama":
         loaded.model.model.vision_model.config = dataclasses.replace(loaded.config.vision, compat="hf5")
     return loaded

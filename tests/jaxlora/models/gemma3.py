@@ -9,7 +9,6 @@ from flax import nnx
 
 from jaxlora.data.batches import make_batch
 from jaxlora.data.ladder import Shape
-from jaxlora.load import LoadConfig, load
 from jaxlora.models.gemma3 import SPEC
 from jaxlora.models.spec import Batch
 from jaxlora.nn.decoder import Execution
@@ -45,7 +44,7 @@ def micro(given=None, *, tokens=TOKENS, patches=PATCHES, rows=3, **options) -> B
 
 def loaded(dtype="float32", **options):
     """A model that a test may change."""
-    return load(reference.reference_folder("gemma3"), LoadConfig(dtype=dtype, **options))
+    return reference.fresh("gemma3", dtype=dtype, **options)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from flax import nnx
 from jaxlora.data.batches import make_batch
 from jaxlora.data.ladder import Shape
 from jaxlora.data.positions import patch_positions
-from jaxlora.load import LoadConfig, load
 from jaxlora.models.spec import Batch
 from jaxlora.nn.decoder import Execution
 from tests.jaxlora import reference
@@ -74,7 +73,7 @@ def micro(name, given=None, *, tokens=TOKENS, patches=None, rows=3, **options) -
 
 def loaded(name, dtype="float32", **options):
     """A model that a test may change."""
-    return load(reference.reference_folder(name), LoadConfig(dtype=dtype, **options))
+    return reference.fresh(name, dtype=dtype, **options)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from flax import nnx
 
 from jaxlora.data.batches import make_batch
 from jaxlora.data.ladder import Shape
-from jaxlora.load import LoadConfig, load
 from jaxlora.models.mllama import SPEC
 from jaxlora.models.spec import Batch
 from jaxlora.nn.decoder import Execution
@@ -49,7 +48,7 @@ def micro(given=None, *, values=HF5_VALUES, tokens=TOKENS, patches=PATCHES, rows
 
 def loaded(dtype="float32", *, compat="hf5", **options):
     """A model that a test may change."""
-    made = load(reference.reference_folder("mllama"), LoadConfig(dtype=dtype, **options))
+    made = reference.fresh("mllama", dtype=dtype, **options)
     made.model.model.vision_model.config = dataclasses.replace(made.config.vision, compat=compat)
     return made
 

@@ -11,7 +11,6 @@ from flax import nnx
 from jaxlora.adapt import LoRAConfig, attach, fill_adapters, partition
 from jaxlora.data.batches import make_batch
 from jaxlora.data.ladder import Shape
-from jaxlora.load import LoadConfig, load
 from jaxlora.models import registry
 from jaxlora.models.spec import Batch
 from jaxlora.nn.decoder import Execution
@@ -64,7 +63,7 @@ def micro(model_type, inputs=None, values=None, tokens=TOKENS, patches=PATCHES, 
 
 def loaded(model_type, dtype=jnp.float32):
     """A model that a test may change."""
-    return load(reference.reference_folder(model_type), LoadConfig(dtype=dtype)).model
+    return reference.fresh(model_type, dtype=jnp.dtype(dtype).name).model
 
 
 def logits_of(model, batch, execution=Execution()):  # noqa: B008

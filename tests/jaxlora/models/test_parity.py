@@ -14,7 +14,6 @@ from flax import nnx
 
 from jaxlora.data.batches import make_batch
 from jaxlora.data.ladder import Shape
-from jaxlora.load import LoadConfig, load
 from jaxlora.models import registry
 from jaxlora.nn import attention as attention_module
 from jaxlora.nn.decoder import Execution, head_of
@@ -29,7 +28,7 @@ TEXT = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 @functools.cache
 def loaded(model_type, dtype="float32"):
-    return load(reference.reference_folder(model_type), LoadConfig(dtype=dtype))
+    return reference.fresh(model_type, dtype=jnp.dtype(dtype).name)
 
 
 def text_batch(model_type):

@@ -63,8 +63,10 @@ def fused(monkeypatch):
     return lambda: monkeypatch.setattr(linear_module, "_gated_backend", lambda *_: "xla")
 
 
-@pytest.mark.parametrize("kind", [SwiGLU, GeGLU])
-@pytest.mark.parametrize(("weight", "ranks"), [(Dense, (4, 3, 2)), (Int4, (4, 3, 2)), (NF4, (4, 4, None)), (Dense, (None, None, None))])
+@pytest.mark.parametrize(
+    ("kind", "weight", "ranks"),
+    [(SwiGLU, Dense, (4, 3, 2)), (GeGLU, Int4, (4, 3, 2)), (SwiGLU, NF4, (4, 4, None)), (GeGLU, Dense, (None, None, None))],
+)
 def test_the_fused_path_is_the_other_one(kind, weight, ranks, fused):
     expected = value_and_gradients(mlp(kind, weight, ranks))
     fused()
