@@ -24,24 +24,24 @@ ORACLE_PINS = (
     "safetensors",
     "triton==3.6.0",
 )
+# A file's tests share models and references, which a second worker would make again.
+PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 # Tests whose reference is a live torch, transformers, peft or bitsandbytes when there is one.
 LIVE = (
-    "data/test_processors.py",
-    "models/test_gemma3.py",
-    "models/test_llava.py",
-    "models/test_llava_config.py",
-    "models/test_mllama.py",
-    "models/test_parity.py",
+    "test_vision_peft_parity.py",
     "models/test_qwen_vl.py",
+    "models/test_llava.py",
+    "models/test_parity.py",
+    "models/test_mllama.py",
+    "models/test_gemma3.py",
     "models/test_qwen_vl_towers.py",
-    "models/test_spellings.py",
-    "nn/test_rope.py",
-    "train/test_optim.py",
+    "test_peft_parity.py",
     "test_export.py",
     "test_export_quantised.py",
     "test_adapt.py",
-    "test_peft_parity.py",
-    "test_vision_peft_parity.py",
+    "data/test_processors.py",
+    "nn/test_rope.py",
+    "train/test_optim.py",
 )
 # Names of tests in those files that ask no reference: they have run with all others.
 NO_REFERENCE = (
@@ -67,7 +67,7 @@ def quickstart(python: pathlib.Path, arguments: list[str]) -> int:
 
 def test(python: pathlib.Path, arguments: list[str]) -> int:
     """All tests that need no torch and no GPU."""
-    return run(python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *arguments)
+    return run(python, *PYTEST, *arguments)
 
 
 def check(python: pathlib.Path, arguments: list[str]) -> int:
@@ -85,7 +85,7 @@ def oracle(python: pathlib.Path, arguments: list[str]) -> int:
     """The parity tests against torch, live; that environment is made outside the tree and kept by the hash of its pins."""
     os.environ["JAXLORA_ORACLE_PYTHON"] = str(oracle_environment())
     files = [*(f"tests/jaxlora/{name}" for name in LIVE), "tests/pallas_kernels/test_device_code.py"]
-    return run(python, "-m", "pytest", "-q", "-n", "2", "-k", f"not ({NO_REFERENCE})", *arguments, *files)
+    return run(python, *PYTEST, "-k", f"not ({NO_REFERENCE})", *arguments, *files)
 
 
 def shell(python: pathlib.Path, arguments: list[str]) -> int:
