@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 
+from kernels import KERNEL_MUTANTS
 from record import Mutant
 from vision import VISION_MUTANTS
 
@@ -316,6 +317,7 @@ MUTANTS = [
     Mutant(
         "jaxlora/api/fast.py", 'refuse_unknown("get_peft_model"', '(lambda *_: None)("get_peft_model"', "unknown arguments vanish", ERRORS
     ),
+    *KERNEL_MUTANTS,
     *VISION_MUTANTS,
 ]
 

@@ -1,0 +1,42 @@
+"""Seeded bugs of packed products, fused MLPs and products in e4m3."""
+
+from record import Mutant
+
+REFERENCE = "tests/pallas_kernels/test_against_reference.py"
+FLOAT8 = "tests/jaxlora/weights/test_float8.py"
+GATED = "tests/jaxlora/nn/test_gated.py"
+TILES = "tests/jaxlora/nn/test_mlp.py"
+
+KERNEL_MUTANTS = [
+    Mutant(
+        "pallas_kernels/packed.py", "(nibbles ^ 8).astype(jnp.int8) - 8", "nibbles.astype(jnp.int8)", "codes without their sign", FLOAT8
+    ),
+    Mutant(
+        "jaxlora/weights/float8.py", "(scales * self.scale)[:, None]", "scales[:, None]", "a product without the weight's scale", FLOAT8
+    ),
+    Mutant("jaxlora/weights/float8.py", "for other in alike)]).max()", "for other in alike)]).min()", "joined weights overflow", FLOAT8),
+    Mutant(
+        "pallas_kernels/int4_matmul/front.py",
+        "transpose=not transpose, backend=backend if",
+        "transpose=transpose, backend=backend if",
+        "an input gradient with the weight the wrong way",
+        REFERENCE,
+    ),
+    Mutant(
+        "pallas_kernels/lora_swiglu/front.py",
+        "jnp.pad(b_up, ((0, 0), (b_gate.shape[1], 0)))",
+        "jnp.pad(b_up, ((0, 0), (0, b_gate.shape[1])))",
+        "up's adapter takes the gate's columns",
+        REFERENCE,
+    ),
+    Mutant(
+        "jaxlora/nn/linear.py", "residuals, cotangents[:2])", "residuals, cotangents[1::-1])", "gradients of gate and up swapped", GATED
+    ),
+    Mutant(
+        "jaxlora/nn/decoder.py",
+        "return None if layer.keys else shared.mlp_tile",
+        "return shared.mlp_tile",
+        "tiles drop the same elements",
+        TILES,
+    ),
+]
