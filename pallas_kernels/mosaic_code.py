@@ -80,35 +80,50 @@ def products(
     extra = [] if update is None else [whole_tiles(widened(update[0])), *(widened(b) for b in update[1])]
     tiles = pl.cdiv(rows, config.block_m), columns // _TILE
 
-    def kernel(*refs: Any, **scratch: Any) -> None:
-        gmem = _Operands(refs[0], refs[1 : 1 + count], refs[1 + count : 1 + 2 * count], refs[1 + 2 * count : 1 + 2 * count + len(extra)])
+    def operands(refs: Sequence[Any]) -> _Operands:
+        return _Operands(refs[0], refs[1 : 1 + count], refs[1 + count : 1 + 2 * count], refs[1 + 2 * count : 1 + 2 * count + len(extra)])
+
+    def place(at: tuple[Any, Any]) -> tuple[Any, Any]:
+        return pl.ds(at[0] * config.block_m, config.block_m), at[1] * _TILE
+
+    def copy(refs: Sequence[Any], at: tuple[Any, Any], tile: Any, **smem: Any) -> None:
+        _copy(operands(refs), place(at), steps, stages, tile, **smem)
+
+    def compute(refs: Sequence[Any], at: tuple[Any, Any], tile: Any, wg: Any, **smem: Any) -> None:
+        _compute(refs[-outputs:], place(at), count, steps, stages, bool(extra), finish, wg, config, **smem)
+
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype)] * outputs
+    made = launch(copy, compute, shapes, _scratch(count, stages, bool(extra), config), tiles, config)(x, *codes, *scales, *extra)
+    return [y[:rows] for y in made]
+
+
+def launch(copy: Any, compute: Any, shapes: Any, scratch: dict[str, Any], tiles: tuple[int, int], config: Any) -> Any:
+    """A kernel as a function of arrays: a program on every multiprocessor takes tiles in turn, each by three warpgroups.
+
+    ``copy(refs, at, tile, **smem)`` runs in one, ``compute(refs, at, tile, wg, **smem)`` in the other two; ``at`` is the tile's place in
+    ``tiles``, ``tile`` its number in the program.
+    """
+
+    def kernel(*refs: Any, **smem: Any) -> None:
         wg = lax.axis_index("wg")
 
         @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="sm")
         def _(loop: plgpu.NDLoopInfo) -> None:
-            at_m, at_o = plgpu.planar_snake(loop.index[0], tiles, 0, config.band)
-            place = pl.ds(at_m * config.block_m, config.block_m), at_o * _TILE
+            at = plgpu.planar_snake(loop.index[0], tiles, 0, config.band)
 
             @pl.when(wg == COMPUTE)
             def _() -> None:
                 plgpu.set_max_registers(40, action="decrease")
-                _copy(gmem, place, steps, stages, loop.local_index, **scratch)
+                copy(refs, at, loop.local_index, **smem)
 
             @pl.when(wg < COMPUTE)
             def _() -> None:
                 plgpu.set_max_registers(config.registers, action="increase")
-                _compute(refs[-outputs:], place, count, steps, stages, bool(extra), finish, wg, config, **scratch)
+                compute(refs, at, loop.local_index, wg, **smem)
 
         # A program's shared memory must outlive the copies from it.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    shapes = [jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype)] * outputs
-    made = launch(kernel, shapes, _scratch(count, stages, bool(extra), config))(x, *codes, *scales, *extra)
-    return [y[:rows] for y in made]
-
-
-def launch(kernel: Any, shapes: Any, scratch: dict[str, Any]) -> Any:
-    """The kernel as a function of arrays: a program on every multiprocessor, three warpgroups each."""
     return plgpu.kernel(
         kernel,
         out_type=shapes,
@@ -121,6 +136,20 @@ def launch(kernel: Any, shapes: Any, scratch: dict[str, Any]) -> Any:
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
+
+
+def fill(steps: int, stages: int, tile: Any, empty: Any, start: Callable[[Any, Any], None]) -> None:
+    """Calls ``start(k, slot)`` for each step of a tile, as soon as the compute warpgroups have emptied the slot."""
+
+    @pl.loop(0, steps)
+    def _(k: Any) -> None:
+        slot = lax.rem(k, stages)
+
+        @pl.when((k >= stages) | (tile > 0))
+        def _() -> None:
+            plgpu.barrier_wait(empty.at[slot])
+
+        start(k, slot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,20 +187,14 @@ def _copy(gmem: _Operands, place: Any, steps: int, stages: int, tile: Any, **sme
     rows, first = place
     columns = pl.ds(first, _TILE)
 
-    @pl.loop(0, steps)
-    def _(k: Any) -> None:
-        slot, depth = lax.rem(k, stages), pl.ds(k * GROUP, GROUP)
-
-        @pl.when((k >= stages) | (tile > 0))
-        def _() -> None:
-            plgpu.barrier_wait(smem["empty"].at[slot])
-
-        full = smem["full"].at[slot]
+    def start(k: Any, slot: Any) -> None:
+        depth, full = pl.ds(k * GROUP, GROUP), smem["full"].at[slot]
         plgpu.copy_gmem_to_smem(gmem.x.at[rows, depth], smem["x_smem"].at[slot], full)
         for i, (codes, scales) in enumerate(zip(gmem.codes, gmem.scales, strict=True)):
             plgpu.copy_gmem_to_smem(codes.at[columns, depth], smem["codes_smem"].at[slot, i], full)
             plgpu.copy_gmem_to_smem(scales.at[k, columns], smem["scales_smem"].at[slot, i], full)
 
+    fill(steps, stages, tile, smem["empty"], start)
     if gmem.update:
         u, *bs = gmem.update
 

@@ -5,6 +5,7 @@ into shared memory, and both multiply by the whole.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_code import COMPUTE, accumulator, decode_tile, launch, tiled, whole_tiles, widened
+from pallas_kernels.mosaic_code import COMPUTE, accumulator, decode_tile, fill, launch, tiled, whole_tiles, widened
 from pallas_kernels.packed import GROUP, Packed
 
 # Decoded columns of a tile: a group for each compute warpgroup.
@@ -55,29 +56,18 @@ def product(
     dy = whole_tiles(dy)
     tiles = pl.cdiv(rows, tile_m), columns // _TILE
 
-    def kernel(dy_gmem: Any, codes_gmem: Any, scales_gmem: Any, *refs: Any, **smem: Any) -> None:
-        wg = lax.axis_index("wg")
+    def place(at: tuple[Any, Any]) -> tuple[Any, Any]:
+        return at[0] * tile_m, at[1]
 
-        @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="sm")
-        def _(loop: plgpu.NDLoopInfo) -> None:
-            at_m, at_i = plgpu.planar_snake(loop.index[0], tiles, 0, config.band)
-            place = at_m * tile_m, at_i
+    def copy(refs: Sequence[Any], at: tuple[Any, Any], tile: Any, **smem: Any) -> None:
+        _copy(refs[:-1], place(at), tile_m, steps, stages, tile, **smem)
 
-            @pl.when(wg == COMPUTE)
-            def _() -> None:
-                plgpu.set_max_registers(40, action="decrease")
-                _copy((dy_gmem, codes_gmem, scales_gmem, *refs[:-1]), place, tile_m, steps, stages, loop.local_index, **smem)
-
-            @pl.when(wg < COMPUTE)
-            def _() -> None:
-                plgpu.set_max_registers(config.registers, action="increase")
-                _compute(refs[-1], place, steps, stages, bool(extra), wg, config, **smem)
-
-        # A program's shared memory must outlive the copies from it.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def compute(refs: Sequence[Any], at: tuple[Any, Any], tile: Any, wg: Any, **smem: Any) -> None:
+        _compute(refs[-1], place(at), tile, steps, stages, bool(extra), wg, config, **smem)
 
     shape = jax.ShapeDtypeStruct((dy.shape[0], columns), dy.dtype)
-    return launch(kernel, shape, _scratch(stages, bool(extra), config))(dy, codes, weight.scales.T, *extra)[:rows]
+    made = launch(copy, compute, shape, _scratch(stages, bool(extra), config), tiles, config)
+    return made(dy, codes, weight.scales.T, *extra)[:rows]
 
 
 def _scratch(stages: int, updated: bool, config: Config) -> dict[str, Any]:
@@ -107,21 +97,15 @@ def _copy(gmem: Any, place: Any, tile_m: int, steps: int, stages: int, tile: Any
     (first, at_i), (dy, codes, scales, *update) = place, gmem
     rows = pl.ds(first, tile_m)
 
-    @pl.loop(0, steps)
-    def _(k: Any) -> None:
-        slot, depth = lax.rem(k, stages), pl.ds(k * GROUP, GROUP)
-
-        @pl.when((k >= stages) | (tile > 0))
-        def _() -> None:
-            plgpu.barrier_wait(smem["empty"].at[slot])
-
-        full = smem["full"].at[slot]
+    def start(k: Any, slot: Any) -> None:
+        depth, full = pl.ds(k * GROUP, GROUP), smem["full"].at[slot]
         plgpu.copy_gmem_to_smem(dy.at[rows, depth], smem["dy_smem"].at[slot], full)
         for half in range(COMPUTE):
             group = COMPUTE * at_i + half
             plgpu.copy_gmem_to_smem(codes.at[depth, pl.ds(group * GROUP, GROUP)], smem["codes_smem"].at[slot, half], full)
             plgpu.copy_gmem_to_smem(scales.at[group, depth], smem["scales_smem"].at[slot, half], full)
 
+    fill(steps, stages, tile, smem["empty"], start)
     if update:
         u, b = update
 
@@ -133,14 +117,15 @@ def _copy(gmem: Any, place: Any, tile_m: int, steps: int, stages: int, tile: Any
         plgpu.copy_gmem_to_smem(b.at[pl.ds(at_i * _TILE, _TILE)], smem["b_smem"], smem["update_full"])
 
 
-def _compute(out: Any, place: Any, steps: int, stages: int, updated: bool, wg: Any, config: Config, **smem: Any) -> None:
+def _compute(out: Any, place: Any, tile: Any, steps: int, stages: int, updated: bool, wg: Any, config: Config, **smem: Any) -> None:
     """A compute warpgroup's part of a tile: its rows of dy, all decoded columns."""
     own = pl.ds(wg * config.block_m, config.block_m)
 
     def accumulate(acc: Any) -> Any:
         @pl.loop(0, steps)
         def _(k: Any) -> None:
-            slot, half = lax.rem(k, stages), lax.rem(k, 2)
+            # Counted through all tiles: with an odd number of steps, a tile would begin with the half that its predecessor ends with.
+            slot, half = lax.rem(k, stages), lax.rem(tile * steps + k, 2)
             plgpu.barrier_wait(smem["full"].at[slot])
             w = decode_tile(smem["codes_smem"].at[slot, wg], smem["scales_smem"].at[slot, wg])
             # Nobody reads this half any more: whoever passed the last step's barrier had finished the step before.

@@ -1,21 +1,18 @@
 """Llama 3.2 Vision's processor: text and images to the model's inputs, without torch."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from conversion.atomic import files_into
-from jaxlora.data.images import load_image
-from jaxlora.data.padding import Inputs, pad_rows, truncate_ids
+from jaxlora.data.padding import Inputs
 from jaxlora.data.positions import Grid
+from jaxlora.data.processor import CallOptions, Processor, check_options, load_images
 from jaxlora.data.processor_files import load_tokenizer, read_config, write_json
-from jaxlora.data.rows import media_of, read_messages
+from jaxlora.data.rows import media_of
 from jaxlora.data.tiles import cross_attention_mask, stack_tiles
-from jaxlora.data.turns import renderer
-from jaxlora.errors import nearest, raise_all
 
 _IMAGE_KEYS = (
     "do_resize resample size do_rescale rescale_factor do_normalize image_mean image_std do_convert_rgb do_pad max_image_tiles"
@@ -24,26 +21,18 @@ _IMAGE_KEYS = (
 _PATCH_SIZE = 14
 
 
-class CallOptions(TypedDict, total=False):
-    """What `MllamaProcessor.__call__` takes besides text and images, as in transformers; arrays are always numpy's."""
-
-    padding: bool | str
-    truncation: bool
-    max_length: int | None
-    add_special_tokens: bool
-    pad_to_multiple_of: int | None
-    return_tensors: str | None
-
-
-class MllamaProcessor:
+class MllamaProcessor(Processor):
     """The processor of Llama 3.2 Vision: an image is one token ``<|image|>``, and up to 4 tiles of pixels that text attends to.
 
     ``pixel_values`` are [rows, images, tiles, channels, height, width], with ``aspect_ratio_ids`` [rows, images] (0: no image),
     ``aspect_ratio_mask`` [rows, images, tiles] and, in a call with text, ``cross_attention_mask`` [rows, tokens, images, tiles].
     """
 
+    name = "Llama 3.2 Vision"
+
     def __init__(self, image_processor: MllamaImageProcessorPil, tokenizer: Any, patch_size: int = _PATCH_SIZE):
-        self.image_processor, self.tokenizer, self.patch_size = image_processor, tokenizer, patch_size
+        super().__init__(image_processor, tokenizer)
+        self.patch_size = patch_size
         self.image_token = "<|image|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
@@ -65,18 +54,12 @@ class MllamaProcessor:
         model = read_config(folder, "config.json", "") or {}
         return cls(made, tokenizer, model.get("vision_config", {}).get("patch_size", _PATCH_SIZE))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the files that transformers' own processor reads; each replaces an older one only when all are written."""
-        with files_into(folder) as new:
-            self.tokenizer.save_pretrained(new)
-            self.image_processor.save_pretrained(new)
-            config = read_config(new, "preprocessor_config.json", "")
-            write_json(new / "preprocessor_config.json", {**(config or {}), "processor_class": "MllamaProcessor"})
-
-    @property
-    def chat_template(self) -> str | None:
-        """The tokenizer's chat template."""
-        return self.tokenizer.chat_template
+    def write(self, folder: Path) -> None:
+        """Writes the tokenizer's and the image processor's files."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        config = read_config(folder, "preprocessor_config.json", "")
+        write_json(folder / "preprocessor_config.json", {**(config or {}), "processor_class": "MllamaProcessor"})
 
     def __call__(self, images: Any = None, text: Any = None, **options: Unpack[CallOptions]) -> Inputs:
         """input_ids and attention_mask, and where there are images what the class says: ``images`` are one, a list, or a list a text.
@@ -87,22 +70,15 @@ class MllamaProcessor:
           ValueError: images and placeholders differ in number (the row is named), or truncation would cut an image.
           TypeError: an unknown option.
         """
-        unknown = [name for name in options if name not in CallOptions.__annotations__]
-        if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r}{nearest(unknown[0], CallOptions.__annotations__)}")
+        check_options(options, CallOptions.__annotations__)
         texts = [text] if isinstance(text, str) else list(text)
-        special, most = options.get("add_special_tokens", True), options.get("max_length")
+        special = options.get("add_special_tokens", True)
         rows = [np.array(self.tokenizer(self._begun(one), add_special_tokens=special)["input_ids"], np.int64) for one in texts]
         shared = _by_row(images, [int((row == self.image_token_id).sum()) for row in rows])
         vision = [self.image_inputs(own, [f"row {i}, image {k}" for k in range(len(own))]) for i, own in enumerate(shared)]
         for i, (row, own) in enumerate(zip(rows, vision, strict=True)):
             self.expand([row], own, [f"row {i}"])
-        if options.get("truncation") and most is not None:
-            rows = [truncate_ids(row, most, self.media_token_ids, where=f"row {i}") for i, row in enumerate(rows)]
-        if not options.get("padding") and len({len(row) for row in rows}) > 1:
-            raise ValueError(f"rows of {[len(row) for row in rows]} tokens make no array; pass padding=True")
-        length = most if options.get("padding") == "max_length" else None
-        made = pad_rows(rows, self.tokenizer, length=length, multiple=options.get("pad_to_multiple_of"))
+        made = self.padded(rows, options)
         if any(vision):
             made |= stack_tiles(vision)
             tiles = [own["aspect_ratio_mask"][0].sum(-1).tolist() if own else [] for own in vision]
@@ -119,18 +95,10 @@ class MllamaProcessor:
             rest = rest.removeprefix(self.image_token)
         return f"{text[: len(text) - len(rest)]}{bos}{rest}"
 
-    def prepare(self, text: str, videos: Iterable[tuple[int, float]] = ()) -> str:
-        """The text itself: a placeholder is tokenised as it stands."""
-        return text
-
     @property
     def media_token_ids(self) -> tuple[int, ...]:
         """The placeholder of images."""
         return (self.image_token_id,)
-
-    def token_types(self, input_ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Nothing: the model asks for no types."""
-        return {}
 
     def expand(
         self, rows: Sequence[np.ndarray], vision: Mapping[str, np.ndarray], names: Sequence[str] | None = None
@@ -156,8 +124,7 @@ class MllamaProcessor:
         Raises:
           ValueError: for a video.
         """
-        if frames is not None:
-            raise_all("Llama 3.2 Vision sees images, not videos", [f"a video of {frames} frames; give some of them as images"])
+        self.refuse_video(frames)
         made = self.image_processor
         return made.max_image_tiles, made.size["height"] // self.patch_size, made.size["width"] // self.patch_size
 
@@ -170,41 +137,13 @@ class MllamaProcessor:
         """The images of one row, [1, images, …], or nothing where there is none; errors carry the image's name."""
         if not images:
             return {}
-        loaded = [load_image(image, where=names[i] if names else f"image {i}") for i, image in enumerate(images)]
-        made = self.image_processor([loaded])
+        made = self.image_processor([load_images(images, names)])
         return {name: np.asarray(made[name]) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
 
-    def video_inputs(
-        self, videos: Sequence[Any], names: Sequence[str] | None = None, fps: Sequence[float] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Nothing: there is no video.
-
-        Raises:
-          ValueError: names every video.
-        """
-        raise_all("Llama 3.2 Vision sees images, not videos", [names[i] if names else f"video {i}" for i in range(len(videos))])
-        return {}
-
-    def apply_chat_template(
-        self, messages: Sequence[Any], *, tokenize: bool = False, add_generation_prompt: bool = False, **variables: Any
-    ) -> Any:
-        """The rendered text of one conversation (a list of texts for several), or with ``tokenize`` the inputs with its images."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
-        chats = [read_messages(chat, where=f"row {i}") for i, chat in enumerate(messages if several else [messages])]
-        given = {key: value for key, value in variables.items() if key not in ("return_dict", "return_tensors")}
-        texts = [renderer(self.tokenizer, **given)(chat, add_generation_prompt).text for chat in chats]
-        if not tokenize:
-            return texts if several else texts[0]
+    def inputs_of_chats(self, chats: Sequence[Any], texts: Sequence[str]) -> Inputs:
+        """The inputs of rendered conversations, with their images."""
         images = [media_of(chat, "image") for chat in chats]
-        return self(images if any(images) else None, texts, add_special_tokens=False, padding=True)
-
-    def decode(self, *args: Any, **options: Any) -> str:
-        """The tokenizer's ``decode``."""
-        return self.tokenizer.decode(*args, **options)
-
-    def batch_decode(self, *args: Any, **options: Any) -> list[str]:
-        """The tokenizer's ``batch_decode``."""
-        return self.tokenizer.batch_decode(*args, **options)
+        return self(images if any(images) else None, list(texts), add_special_tokens=False, padding=True)
 
 
 def _by_row(images: Any, counts: Sequence[int]) -> list[list[Any]]:

@@ -6,20 +6,18 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from conversion.atomic import files_into
 from jaxlora.data.images import load_image
-from jaxlora.data.padding import Inputs, pad_rows, truncate_ids
+from jaxlora.data.padding import Inputs
 from jaxlora.data.positions import Grid
+from jaxlora.data.processor import CallOptions, Processor, check_options, flat
 from jaxlora.data.processor_files import given, load_tokenizer, read_config, read_image_config, size_of, write_json
-from jaxlora.data.rows import DEFAULT_FPS, fps_of, media_of, read_messages
-from jaxlora.data.turns import renderer
-from jaxlora.errors import nearest
+from jaxlora.data.rows import DEFAULT_FPS, fps_of, media_of
 
 # No limit: a frame is already of the size that its video has.
 _ANY_SIZE = {"shortest_edge": 1, "longest_edge": 2**62}
@@ -52,19 +50,13 @@ QWEN3_VL = QwenVLFamily(
 )
 
 
-class CallOptions(TypedDict, total=False):
-    """What `QwenVLProcessor.__call__` takes besides text and media, as in transformers; arrays are always numpy's."""
+class QwenVLOptions(CallOptions, total=False):
+    """`CallOptions`, and how many frames a second the videos have."""
 
-    padding: bool | str
-    truncation: bool
-    max_length: int | None
-    add_special_tokens: bool
-    pad_to_multiple_of: int | None
-    return_tensors: str | None
     fps: float | Sequence[float] | None
 
 
-class QwenVLProcessor:
+class QwenVLProcessor(Processor):
     """The processor of the Qwen-VL models: placeholders, patches and their grids.
 
     One image placeholder in the text becomes t·h·w / merge² of them, one for each feature of the image; patches are rows of
@@ -79,7 +71,8 @@ class QwenVLProcessor:
         video_size: Mapping[str, int] | None = None,
         family: QwenVLFamily = QWEN2_VL,
     ):
-        self.image_processor, self.tokenizer, self.family = image_processor, tokenizer, family
+        super().__init__(image_processor, tokenizer)
+        self.family = family
         self.video_size = dict(video_size or _edges(family.video_limits))
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
@@ -102,12 +95,8 @@ class QwenVLProcessor:
         image["size"] = {**image["size"], **given(shortest_edge=min_pixels, longest_edge=max_pixels)}
         return cls(Qwen2VLImageProcessorPil(**image), tokenizer, size_of(video or {}, _edges(family.video_limits)), family)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the files that transformers' own processor reads; each replaces an older one only when all are written."""
-        with files_into(folder) as new:
-            self._write(new)
-
-    def _write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
+        """Writes the tokenizer's, the image processor's and the video processor's files."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         config = json.loads((folder / "preprocessor_config.json").read_text())
@@ -116,12 +105,7 @@ class QwenVLProcessor:
         video |= {"size": self.video_size, "video_processor_type": self.family.video_processor_class}
         write_json(folder / "video_preprocessor_config.json", video)
 
-    @property
-    def chat_template(self) -> str | None:
-        """The tokenizer's chat template."""
-        return self.tokenizer.chat_template
-
-    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **options: Unpack[CallOptions]) -> Inputs:
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **options: Unpack[QwenVLOptions]) -> Inputs:
         """input_ids, attention_mask, mm_token_type_ids, and where there are images pixel_values and image_grid_thw (also of videos).
 
         ``fps`` is how many frames a second the videos have: a number, or one for each.
@@ -130,23 +114,15 @@ class QwenVLProcessor:
           ValueError: images and placeholders differ in number (the row is named), or truncation would cut an image.
           TypeError: an unknown option.
         """
-        unknown = [name for name in options if name not in CallOptions.__annotations__]
-        if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r}{nearest(unknown[0], CallOptions.__annotations__)}")
+        check_options(options, QwenVLOptions.__annotations__)
         films = _videos(videos)
         fps = _one_each(options.get("fps"), len(films))
-        vision = {**self.image_inputs(_flat(images)), **self.video_inputs(films, fps=fps)}
+        vision = {**self.image_inputs(flat(images)), **self.video_inputs(films, fps=fps)}
         told = zip([len(film) for film in films], fps, strict=True)
         texts = [self.prepare(one, told) for one in ([text] if isinstance(text, str) else text)]
         ids = [self.tokenizer(one, add_special_tokens=options.get("add_special_tokens", True))["input_ids"] for one in texts]
         rows = [row for row, _ in self.expand([np.array(row, np.int64) for row in ids], vision)]
-        most = options.get("max_length")
-        if options.get("truncation") and most is not None:
-            rows = [truncate_ids(row, most, self.media_token_ids, where=f"row {i}") for i, row in enumerate(rows)]
-        if not options.get("padding") and len({len(row) for row in rows}) > 1:
-            raise ValueError(f"rows of {[len(row) for row in rows]} tokens make no array; pass padding=True")
-        length = most if options.get("padding") == "max_length" else None
-        padded = pad_rows(rows, self.tokenizer, length=length, multiple=options.get("pad_to_multiple_of"))
+        padded = self.padded(rows, options)
         return Inputs({**padded, **self.token_types(padded["input_ids"]), **vision})
 
     @property
@@ -297,29 +273,11 @@ class QwenVLProcessor:
         t, h, w = (int(n) for n in made["image_grid_thw"][0])
         return made["pixel_values"], (t, h, w)
 
-    def apply_chat_template(
-        self, messages: Sequence[Any], *, tokenize: bool = False, add_generation_prompt: bool = False, **variables: Any
-    ) -> Any:
-        """The rendered text of one conversation (a list of texts for several), or with ``tokenize`` the inputs with its images."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
-        chats = [read_messages(chat, where=f"row {i}") for i, chat in enumerate(messages if several else [messages])]
-        render_turns = renderer(
-            self.tokenizer, **{key: value for key, value in variables.items() if key not in ("return_dict", "return_tensors")}
-        )
-        texts = [render_turns(chat, add_generation_prompt).text for chat in chats]
-        if not tokenize:
-            return texts if several else texts[0]
+    def inputs_of_chats(self, chats: Sequence[Any], texts: Sequence[str]) -> Inputs:
+        """The inputs of rendered conversations, with their images and videos."""
         media = {kind: [item for chat in chats for item in media_of(chat, kind)] for kind in ("image", "video")}
         fps = [rate for chat in chats for rate in fps_of(chat)]
-        return self(media["image"] or None, texts, media["video"] or None, add_special_tokens=False, padding=True, fps=fps)
-
-    def decode(self, *args: Any, **options: Any) -> str:
-        """The tokenizer's ``decode``."""
-        return self.tokenizer.decode(*args, **options)
-
-    def batch_decode(self, *args: Any, **options: Any) -> list[str]:
-        """The tokenizer's ``batch_decode``."""
-        return self.tokenizer.batch_decode(*args, **options)
+        return self(media["image"] or None, list(texts), media["video"] or None, add_special_tokens=False, padding=True, fps=fps)
 
 
 def _edges(limits: tuple[int, int]) -> dict[str, int]:
@@ -355,15 +313,6 @@ def _one_each(fps: float | Sequence[float] | None, count: int) -> list[float]:
     if len(rates) != count or any(not rate > 0 for rate in rates):
         raise ValueError(f"fps must be a positive number, or one for each of the {count} videos; got {fps!r}")
     return rates
-
-
-def _flat(images: Any) -> list[Any]:
-    """Images of all rows in order: one image, a list, or a list a row."""
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for row in images for image in (row if isinstance(row, list | tuple) else [row])]
 
 
 def _videos(videos: Any) -> list[Sequence[Any]]:
