@@ -36,8 +36,13 @@ def key():
     return jax.random.key(0)
 
 
+# Files of few and long tests: begun last, one of them would keep one worker busy while the other has nothing left.
+LONG = ("test_quickstart.py", "test_examples.py", "test_resume.py", "test_user_scripts.py", "test_vision_peft_parity.py")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Without a GPU, or the oracle's Python, tests that need it are deselected: they are counted, and no skip hides among the results."""
+    """Long files first. Without a GPU, or the oracle's Python, tests that need it are deselected: they are counted, and no skip hides among the results."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     present = {"gpu": os.environ.get("JAXLORA_TEST_GPU"), "oracle": os.environ.get("JAXLORA_ORACLE_PYTHON")}
     lacking = [marker for marker, found in present.items() if not found]
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in lacking)]
