@@ -41,7 +41,7 @@ LONG = ("test_quickstart.py", "test_examples.py", "test_resume.py", "test_user_s
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long files first. Without a GPU, or the oracle's Python, tests that need it are deselected: they are counted, and no skip hides among the results."""
+    """Long files first; without a GPU, or the oracle's Python, tests that need it are deselected: counted, not hidden among the results."""
     items.sort(key=lambda item: item.path.name not in LONG)
     present = {"gpu": os.environ.get("JAXLORA_TEST_GPU"), "oracle": os.environ.get("JAXLORA_ORACLE_PYTHON")}
     lacking = [marker for marker, found in present.items() if not found]
