@@ -32,5 +32,5 @@ def call(kernel: Any, *arrays: Any, out: Any, grid: tuple[int, ...], config: Map
     import jax_triton  # pyright: ignore[reportMissingImports]
 
     # jax-triton 0.4 renamed it.
-    shapes = {"out_type" if hasattr(jax_triton, "TensorDescriptor") else "out_shape": out}
+    shapes = {"out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape": out}
     return jax_triton.triton_call(*arrays, kernel=kernel, grid=grid, **shapes, **constants, **config)
