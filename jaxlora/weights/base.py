@@ -71,13 +71,13 @@ class AbstractWeight(abc.ABC):
             return contract_last(x, self.dequantise().astype(x.dtype))
         u, b = update
         if self.shape[0] >= self.shape[1] and one_product(x, u):
-            return contract_last(jnp.concatenate([x, u], axis=1), stacked((self,), x.dtype, right=b))
+            return contract_last(beside(x, u), stacked((self,), x.dtype, right=b))
         return contract_last(x, self.dequantise().astype(x.dtype)) + contract_last(u, b)
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W, plus u @ a where an update (u [N, R], a [R, I]) is given; in dy's dtype. This is the input's gradient."""
         if update is not None and self.shape[1] >= self.shape[0] and one_product(dy, update[0]):
-            return contract_first(jnp.concatenate([dy, update[0]], axis=1), stacked((self,), dy.dtype, below=update[1]))
+            return contract_first(beside(dy, update[0]), stacked((self,), dy.dtype, below=update[1]))
         dx = contract_first(dy, stacked((self,), dy.dtype))
         return dx if update is None else dx + contract_first(*update)
 
@@ -94,17 +94,17 @@ def input_gradient(
 
     Where the outputs are not much wider than the input, they are one product: copying the dy costs less than adding up the dx.
     """
-    rows, features = sum(w.shape[0] for w in weights), weights[0].shape[1]
-    decoded = all(w.decoded for w in weights)
-    joined = None if decoded or len(weights) == 1 else weights[0].above(weights[1:])
+    decoded, together = all(w.decoded for w in weights), sum(w.shape[0] for w in weights) <= 2 * weights[0].shape[1]
+    joined = weights[0].above(weights[1:]) if together and not decoded and len(weights) > 1 else None
     if joined is not None:
-        return joined.matmul_t(jnp.concatenate(dys, axis=1), update)
-    if decoded and len(weights) > 1 and rows <= 2 * features and all(one_product(dy, dy if update is None else update[0]) for dy in dys):
+        return joined.matmul_t(beside(*dys), update)
+    if together and decoded and len(weights) > 1 and all(one_product(dy, dy if update is None else update[0]) for dy in dys):
         u, a = ([], None) if update is None else ([update[0]], update[1])
-        return contract_first(jnp.concatenate([*dys, *u], axis=1), stacked(weights, dys[0].dtype, below=a))
+        return contract_first(beside(*dys, *u), stacked(weights, dys[0].dtype, below=a))
     dx = weights[0].matmul_t(dys[0], update)
     for w, dy in zip(weights[1:], dys[1:], strict=True):
-        dx = dx + w.matmul_t(dy)
+        # In this order XLA has the second product add to the first in place.
+        dx = w.matmul_t(dy) + dx
     return dx
 
 
@@ -124,6 +124,13 @@ def stacked(
         parts, pack, unpack = [w.dequantise().astype(dtype) for w in weights], lambda x: x, jax.lax.optimization_barrier
     array = jnp.concatenate([*parts, *([] if below is None else [pack(below.astype(dtype))])])
     return unpack(array if right is None else jnp.concatenate([array, pack(right.astype(dtype))], axis=1))
+
+
+def beside(*parts: Float[Array, "N _"]) -> Float[Array, "N C"]:
+    """The parts' columns side by side; bf16 by way of 32-bit words, which are copied at twice the speed of single columns."""
+    if any(part.dtype != jnp.bfloat16 or part.shape[1] % 2 for part in parts):
+        return jnp.concatenate(parts, axis=1)
+    return unpair(jnp.concatenate([pair_columns(part) for part in parts], axis=1))
 
 
 def contract_last(x: Float[Array, "N I"], w: Float[Array, "O I"]) -> Float[Array, "N O"]:
