@@ -16,7 +16,7 @@ from jaxlora.nn.embed import Embed, features_at
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.mlp import GeGLU, SwiGLU, by_tiles
 from jaxlora.nn.norm import CentredRMSNorm, RMSNorm
-from jaxlora.nn.stack import Remat, Stack
+from jaxlora.nn.stack import Scan, Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import AbstractWeight
 from jaxlora.weights.lora import LoRA
@@ -87,22 +87,14 @@ class DecoderConfig:
 class Execution:
     """How a forward pass runs; never what it computes.
 
-    ``checkpoint`` recomputes blocks in the backward but for what the policy ``remat`` saves; ``attention`` names a backend;
-    adapters drop out only where ``dropout_key`` is given. ``mlp_tile`` is how many tokens the decoder's MLPs take at a time (`by_tiles`),
-    ``unroll`` how many periods of a stack are compiled one after the other in a loop.
+    ``scan`` is how the layers' blocks are recomputed, unrolled and offloaded; ``attention`` names a backend; adapters drop out only where
+    ``dropout_key`` is given. ``mlp_tile`` is how many tokens the decoder's MLPs take at a time (`by_tiles`).
     """
 
     attention: str = "auto"
-    checkpoint: bool = False
-    remat: Remat = None
+    scan: Scan = Scan()
     mlp_tile: int | None = None
-    unroll: int = 1
     dropout_key: PRNGKeyArray | None = None
-
-    @property
-    def scan(self) -> dict[str, Any]:
-        """How a `Stack` runs its layers."""
-        return {"remat": self.remat, "checkpoint": self.checkpoint, "unroll": self.unroll}
 
 
 class DecoderLayer(nnx.Module):
@@ -200,7 +192,7 @@ class Decoder(nnx.Module):
         layers = LayerInputs(keys=None if key is None else self.layers.dropout_keys(key), cache=caches, number=numbers)
         if isinstance(caches, dict):
             layers = {name: LayerInputs(cache=cache) for name, cache in caches.items()}
-        x, _, outs = self.layers(x, shared, layers, **execution.scan)
+        x, _, outs = self.layers(x, shared, layers, scan=execution.scan)
         return self.norm(x), outs
 
     def shared(

@@ -1,7 +1,7 @@
 """Feed-forward blocks."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlora.nn.linear import Linear, project_activated, project_gated
+from jaxlora.nn.wanted import Wanted, hoisted, is_zero, values
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from pallas_kernels.lora_swiglu.activations import ACTIVATIONS, product
 
@@ -34,14 +35,45 @@ def by_tiles(function: Callable[[Array], Array], x: Float[Array, "*N D"], tile: 
     """function(x) of a function of each token alone, ``tile`` tokens at a time at the most.
 
     A tile is recomputed in the backward from its part of x, so that an MLP's wide activations exist for one tile at a time (as in Bekman et
-    al. 2025, arXiv:2506.13996). The tiles are equal; where no near number of them divides the tokens, there is one.
+    al. 2025, arXiv:2506.13996), whatever is kept of the block around it. The tiles are equal; where no near number of them divides the
+    tokens, there is one.
     """
     tokens = x.size // x.shape[-1]
     count = 1 if tile is None else tiles(tokens, tile)
     if count == 1:
         return function(x)
-    run = jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names("lora_u"), prevent_cse=False)
-    return jax.lax.map(run, x.reshape(count, tokens // count, x.shape[-1])).reshape(x.shape)
+    parts = x.reshape(count, tokens // count, x.shape[-1])
+    converted, consts = hoisted(function, jax.ShapeDtypeStruct(parts.shape[1:], x.dtype))
+    return _by_tiles(converted, parts, consts).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_tiles(function: Callable[..., Array], parts: Float[Array, "T N D"], consts: Sequence[Array]) -> Float[Array, "T N D"]:
+    return jax.lax.map(lambda part: function(part, *consts), parts)
+
+
+def _by_tiles_fwd(function: Callable[..., Array], parts: Any, consts: Any) -> tuple[Array, Any]:
+    wanted = Wanted.of(consts)
+    parts, consts = values((parts, consts))
+    return _by_tiles(function, parts, consts), (parts, consts, wanted)
+
+
+def _by_tiles_bwd(function: Callable[..., Array], residuals: Any, dys: Any) -> tuple[Any, Any]:
+    parts, consts, wanted = residuals
+    if is_zero(dys):
+        return None, None
+
+    def add(sums: Any, each: tuple[Array, Array]) -> tuple[Any, Array]:
+        part, dy = each
+        _, pull = jax.vjp(lambda part, few: function(part, *wanted.put(few, consts)), part, wanted.of_these(consts))
+        dpart, few = pull(dy)
+        return jax.tree.map(jnp.add, sums, few), dpart
+
+    sums, dparts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, wanted.of_these(consts)), (parts, dys))
+    return dparts, wanted.gradient(sums, consts)
+
+
+_by_tiles.defvjp(_by_tiles_fwd, _by_tiles_bwd, symbolic_zeros=True)
 
 
 def tiles(tokens: int, tile: int) -> int:

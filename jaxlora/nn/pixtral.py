@@ -123,5 +123,5 @@ class PixtralTower(nnx.Module):
         # transformers rotates in the activations' dtype here.
         table = rope.axial_table(batch.patch_positions, frequencies(self.config), jnp.dtype(dtype))
         shared = Shared(table, (batch.patch_segment_starts, batch.patch_segment_lengths), execution.attention)
-        _, [state], _ = layers(x, shared, inputs, collect=(self.feature_layer,), **execution.scan)
+        _, [state], _ = layers(x, shared, inputs, collect=(self.feature_layer,), scan=execution.scan)
         return state

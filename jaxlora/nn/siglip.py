@@ -138,7 +138,7 @@ class SiglipEncoder(nnx.Module):
         """The state that enters ``layer``, which at the number of layers is the output; ``segments`` are the images."""
         key = execution.dropout_key
         inputs = LayerInputs(keys=None if key is None else self.layers.dropout_keys(key))
-        _, [state], _ = self.layers(x, SiglipShared(segments, execution.attention), inputs, collect=(layer,), **execution.scan)
+        _, [state], _ = self.layers(x, SiglipShared(segments, execution.attention), inputs, collect=(layer,), scan=execution.scan)
         return state
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.errors import raise_all
 from jaxlora.nn.linear import Linear
+from jaxlora.nn.offload import scan_offloaded
 from jaxlora.select import expand
 from jaxlora.typing import Array, PRNGKeyArray
 
@@ -28,6 +28,18 @@ MANY_RUNS = 8
 
 type Policy = Callable[..., Any]
 type Remat = Policy | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
+    nothing but its input); ``offload`` keeps these inputs in pinned host memory. ``unroll`` periods are compiled one after the other.
+    """
+
+    checkpoint: bool = False
+    remat: Remat = None
+    offload: bool = False
+    unroll: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,22 +114,19 @@ class Stack(nnx.Module):
         per_layer: Any = None,
         *,
         collect: Sequence[int] = (),
-        remat: Remat = None,
-        checkpoint: bool = False,
-        unroll: int = 1,
+        scan: Scan = Scan(),
     ) -> tuple[Array, list[Array], Any]:
         """Runs the layers in order; returns (x, collected, per_layer_out).
 
         ``shared`` is closed over; ``per_layer`` is a pytree whose leaves have a leading layer axis, or, where layers differ in what they
         get, a dict of one pytree for each of ``keys`` (and per_layer_out is such a dict). ``collect`` names layers whose *input* is
-        returned (index ``depth``: the output). With ``checkpoint``, each block is recomputed in the backward, but for what the policy
-        ``remat`` saves (None: nothing but its input).
+        returned (index ``depth``: the output).
         """
         inputs: dict[int, Array] = {}
         outs: list[tuple[Sequence[int], Any]] = []
         for run in self.runs:
             wanted = sorted({i for i in collect if run.start <= i < run.stop})
-            x, states, run_outs = self._run(run, x, shared, per_layer, wanted, remat, checkpoint, min(unroll, run.repeats))
+            x, states, run_outs = self._run(run, x, shared, per_layer, wanted, scan)
             outs += [(range(*map(int, key.split(":"))), out) for key, out in zip(run.keys, run_outs, strict=True)]
             inputs.update({layer: states[i] for i, layer in enumerate(wanted)})
         if self.depth in collect:
@@ -130,40 +139,41 @@ class Stack(nnx.Module):
         """``start:stop:step`` of each set of layers that are stacked together."""
         return list(itertools.chain.from_iterable(run.keys for run in self.runs))
 
-    def _run(
-        self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], remat: Remat, checkpoint: bool, unroll: int
-    ) -> tuple[Array, Any, Any]:
+    def _run(self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], scan: Scan) -> tuple[Array, Any, Any]:
         """(x, the inputs of the ``wanted`` layers on a first axis, what each position's layers returned)."""
         splits = [nnx.split(getattr(self, key)) for key in run.keys]
         extras = [_of_layers(per_layer, key) for key in run.keys]
+        unroll = min(scan.unroll, run.repeats)
 
         def block(graphdef: Any) -> Callable[..., Any]:
-            def call(state: Any, x: Array, extra: Any) -> Any:
-                # Named inside the recomputed function: an offloaded scan carry would silently stay on the device.
-                x = checkpoint_name(x, "block_input")
+            def call(x: Array, state: Any, extra: Any) -> Any:
                 return nnx.merge(graphdef, state)(x, shared, extra)
 
             # Outside a loop, XLA would find the recomputed block to be the first one, and keep all of it.
-            whole = jax.checkpoint(call, policy=remat, prevent_cse=unroll == run.repeats > 1) if checkpoint else call
+            once = unroll == run.repeats > 1
+            whole = jax.checkpoint(call, policy=scan.remat, prevent_cse=once) if scan.checkpoint and not scan.offload else call
             # Layers of one structure in a period are traced and lowered once: as calls of one function.
             return jax.jit(whole) if sum(graphdef == other for other, _ in splits) > 1 else whole
 
         made = {graphdef: block(graphdef) for graphdef, _ in splits}
         calls = [made[graphdef] for graphdef, _ in splits]
+        xs = [(split[1], extra) for split, extra in zip(splits, extras, strict=True)]
+        slots = [jnp.array([(*wanted, i).index(i) for i in range(*map(int, key.split(":")))]) if wanted else None for key in run.keys]
+        states = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
+        if scan.offload:
+            x, states = scan_offloaded(calls, x, xs, slots if wanted else None, states)
+            return x, states, [None] * len(calls)
 
-        def body(carry: Any, xs: Any) -> Any:
+        def body(carry: Any, each: Any) -> Any:
             (x, states), results = carry, []
-            for call, (state, extra, slot) in zip(calls, xs, strict=True):
+            for call, own, slot in zip(calls, *each, strict=True):
                 # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
                 states = states.at[slot].set(x, mode="drop") if wanted else states
-                x, out = call(state, x, extra)
+                x, out = call(x, *own)
                 results.append(out)
             return (x, states), results
 
-        slots = [jnp.array([(*wanted, i).index(i) for i in range(*map(int, key.split(":")))]) if wanted else None for key in run.keys]
-        xs = [(split[1], extra, slot) for split, extra, slot in zip(splits, extras, slots, strict=True)]
-        start = x, jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
-        (x, states), results = jax.lax.scan(body, start, xs, unroll=unroll)
+        (x, states), results = jax.lax.scan(body, (x, states), (xs, slots), unroll=unroll)
         return x, states, results
 
     def regroup(self, edit: Callable[[int, nnx.Module], None]) -> "Stack":

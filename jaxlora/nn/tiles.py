@@ -182,7 +182,7 @@ class TilesEncoder(nnx.Module):
         """The last state, and the inputs of the layers to ``collect``."""
         key = execution.dropout_key
         inputs = LayerInputs(keys=None if key is None else self.layers.dropout_keys(key))
-        x, collected, _ = self.layers(x, shared, inputs, collect=collect, **execution.scan)
+        x, collected, _ = self.layers(x, shared, inputs, collect=collect, scan=execution.scan)
         return x, collected
 
 

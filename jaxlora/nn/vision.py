@@ -218,7 +218,7 @@ def run_blocks(
     shared = VisionShared(table, frames, execution.attention, windows=windows)
     key = execution.dropout_key
     layers = LayerInputs(keys=None if key is None else stack.dropout_keys(key))
-    x, collected, _ = stack(x, shared, layers, collect=collect, **execution.scan)
+    x, collected, _ = stack(x, shared, layers, collect=collect, scan=execution.scan)
     return x, collected
 
 

@@ -6,42 +6,39 @@ import jax
 
 from jaxlora.errors import nearest
 from jaxlora.nn.decoder import Execution
+from jaxlora.nn.stack import Scan
 
 # Tokens: products of this many rows are as fast as any, and weights are decoded anew for each tile.
 MLP_TILE = 8192
 CHOICES = (False, True, "unsloth", "dots", "auto")
 
 
-def execution(use_gradient_checkpointing: bool | str, **other: Any) -> Execution:
+def execution(use_gradient_checkpointing: bool | str, *, unroll: int = 1, **other: Any) -> Execution:
     """Returns how to run a forward pass that will be differentiated.
 
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
-    memory; "dots" keeps matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work. The R columns
-    A·x of each adapter are always kept: they are small, and recomputing them reads x again. Where blocks are recomputed, the decoder's MLPs
-    take at most 8,192 tokens at a time: more would need more memory and be no faster.
+    memory, from where each is fetched while another block runs; "dots" keeps matrix products and attention (its output and log-sum-exp) and
+    recomputes only elementwise work. The R columns A·x of each adapter are kept by True and "dots": they are small, and recomputing them
+    reads x again. Where blocks are recomputed, the decoder's MLPs take at most 8,192 tokens at a time: more would need more memory and be
+    no faster.
 
-    >>> execution(True).checkpoint, execution(False).checkpoint
+    >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint
     (True, False)
 
     Raises:
       ValueError: another value; or "auto", which ``train.auto.choose`` turns into one of the others first.
     """
-    policies = jax.checkpoint_policies
+    saved = jax.checkpoint_policies.save_only_these_names
     match use_gradient_checkpointing:
         case False:
-            return Execution(**other)
+            return Execution(scan=Scan(unroll=unroll), **other)
         case True:
-            return Execution(checkpoint=True, remat=policies.save_only_these_names("lora_u"), **{"mlp_tile": MLP_TILE, **other})
+            return Execution(scan=Scan(checkpoint=True, remat=saved("lora_u"), unroll=unroll), **{"mlp_tile": MLP_TILE, **other})
         case "unsloth":
-            offload = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=["lora_u"],
-                names_which_can_be_offloaded=["block_input"],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-            return Execution(checkpoint=True, remat=offload, **{"mlp_tile": MLP_TILE, **other})
+            return Execution(scan=Scan(checkpoint=True, offload=True), **{"mlp_tile": MLP_TILE, **other})
         case "dots":
-            return Execution(checkpoint=True, remat=policies.save_only_these_names("dot", "attn_out", "attn_lse", "lora_u"), **other)
+            kept = saved("dot", "attn_out", "attn_lse", "lora_u")
+            return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=unroll), **other)
         case "auto":
             raise ValueError('"auto" is no policy: train.auto.choose compiles the policies and takes one; SFTTrainer does so itself')
     hint = nearest(str(use_gradient_checkpointing), ["unsloth", "dots", "auto"])

@@ -19,6 +19,7 @@ from jaxlora.nn import attention as attention_module
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
 from jaxlora.select import by_flags, by_pattern, expand, is_stacked
+from jaxlora.train.remat import execution
 from tests.jaxlora import reference
 from tests.jaxlora.models.gemma3 import (
     USED,
@@ -133,7 +134,7 @@ def test_packed_rows_are_the_same_rows_alone():
 
 
 def test_remat_changes_nothing():
-    again = logits_of(shared_model(), micro(), Execution(checkpoint=True, remat=jax.checkpoint_policies.nothing_saveable))
+    again = logits_of(shared_model(), micro(), execution(True))
     assert np.abs(again - logits_of(shared_model(), micro())).max() <= PACKED_FP32
 
 

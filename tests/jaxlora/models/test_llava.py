@@ -17,6 +17,7 @@ from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
 from jaxlora.nn.vision import fuse
 from jaxlora.select import by_flags, by_pattern, expand, is_stacked
+from jaxlora.train.remat import execution
 from tests.jaxlora import reference
 from tests.jaxlora.models.llava import (
     CONFIGS,
@@ -167,7 +168,7 @@ def test_packed_rows_are_the_same_rows_alone(name):
 
 @two_towers
 def test_remat_changes_nothing(name):
-    again = logits_of(shared_model(name), micro(name), Execution(checkpoint=True, remat=jax.checkpoint_policies.nothing_saveable))
+    again = logits_of(shared_model(name), micro(name), execution(True))
     assert np.abs(again - runner(name)(micro(name))).max() <= PACKED_FP32
 
 

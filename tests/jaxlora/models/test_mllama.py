@@ -20,6 +20,7 @@ from jaxlora.nn.attention import LayerInputs, Vision
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
 from jaxlora.select import by_flags, by_pattern, expand, is_stacked
+from jaxlora.train.remat import execution
 from tests.jaxlora import reference
 from tests.jaxlora.models.mllama import HF5_VALUES, VALUES, at_tokens, expected, inputs, loaded, logits_of, micro, runner, shared_model
 from tests.tolerances import LOGITS_FP32, PACKED_FP32, SENSITIVITY
@@ -149,7 +150,7 @@ def test_packed_rows_are_the_same_rows_alone():
 
 
 def test_remat_changes_nothing():
-    again = logits_of(shared_model(), micro(), Execution(checkpoint=True, remat=jax.checkpoint_policies.nothing_saveable))
+    again = logits_of(shared_model(), micro(), execution(True))
     assert np.abs(again - logits_of(shared_model(), micro())).max() <= PACKED_FP32
 
 

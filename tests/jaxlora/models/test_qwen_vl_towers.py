@@ -15,6 +15,7 @@ from jaxlora.models.qwen2_vl import SPEC
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import flatten_leaves
 from jaxlora.select import by_flags, by_pattern
+from jaxlora.train.remat import execution
 from tests.jaxlora import reference
 from tests.jaxlora.models import qwen_vl
 from tests.jaxlora.models.qwen_vl import USED, features_of, inputs_of, logits_of, square_loss
@@ -64,7 +65,7 @@ def test_data_shards_change_nothing(model_type):
 
 def test_remat_changes_nothing(model):
     batch = micro()
-    again = logits_of(model, batch, Execution(checkpoint=True, remat=jax.checkpoint_policies.nothing_saveable))
+    again = logits_of(model, batch, execution(True))
     assert np.abs(again - logits_of(model, batch)).max() <= PACKED_FP32
 
 

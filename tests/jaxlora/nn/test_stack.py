@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.nn.linear import Linear
-from jaxlora.nn.stack import Stack, flatten, layout, linear_paths, nest, unflatten
+from jaxlora.nn.stack import Scan, Stack, flatten, layout, linear_paths, nest, unflatten
 from jaxlora.select import expand
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
@@ -110,7 +110,7 @@ class TestScanned:
 
         def gradient(checkpoint):
             def loss(state):
-                return nnx.merge(graphdef, state)(x, shared, checkpoint=checkpoint)[0].sum()
+                return nnx.merge(graphdef, state)(x, shared, scan=Scan(checkpoint=checkpoint))[0].sum()
 
             return jax.tree.leaves(jax.jit(jax.grad(loss))(state))
 

@@ -80,4 +80,4 @@ def test_where_none_fits_the_error_is_the_table(compiled):
 
 @pytest.mark.parametrize("policy", auto.CANDIDATES)
 def test_every_candidate_is_a_policy(policy):
-    assert execution(policy).checkpoint
+    assert execution(policy).scan.checkpoint

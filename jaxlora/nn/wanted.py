@@ -1,0 +1,72 @@
+"""What functions need that bring a backward of their own (`jax.custom_vjp` with symbolic zeros)."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which leaves of a tree need a gradient."""
+
+    flags: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tree: Any) -> "Wanted":
+        """Of a tree that a forward rule gets."""
+        return cls(tuple(leaf.perturbed for leaf in jax.tree.leaves(tree, is_leaf=is_primal)))
+
+    def of_these(self, tree: Any) -> list[Any]:
+        """The leaves that do."""
+        return [leaf for leaf, flag in zip(jax.tree.leaves(tree), self.flags, strict=True) if flag]
+
+    def put(self, wanted: Sequence[Any], tree: Any) -> Any:
+        """``tree`` with these leaves in their places."""
+        leaves, treedef = jax.tree.flatten(tree)
+        those = iter(wanted)
+        return treedef.unflatten([next(those) if flag else leaf for leaf, flag in zip(leaves, self.flags, strict=True)])
+
+    def gradient(self, wanted: Sequence[Any], tree: Any) -> Any:
+        """A tree of cotangents: None where none is needed."""
+        treedef, those = jax.tree.structure(tree), iter(wanted)
+        return treedef.unflatten([next(those) if flag else None for flag in self.flags])
+
+
+def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """(``call``, everything that ``function`` closes over): call(*arguments, *those) is function(*arguments).
+
+    `jax.closure_convert` leaves integers where they are, such as the codes of a weight; inside `jax.checkpoint` they would be lost.
+
+    >>> import jax.numpy as jnp
+    >>> y = jnp.arange(3)
+    >>> call, over = hoisted(lambda x: x + y, jax.ShapeDtypeStruct((3,), jnp.float32))
+    >>> call(jnp.ones(3), *over).tolist()
+    [1.0, 2.0, 3.0]
+    """
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*examples)
+    treedef = jax.tree.structure(out)
+
+    def call(*arguments: Any) -> Any:
+        given, over = arguments[: len(examples)], arguments[len(examples) :]
+        return treedef.unflatten(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, over))(*jax.tree.leaves(given)))
+
+    return call, list(closed.consts)
+
+
+def values(tree: Any) -> Any:
+    """What a forward rule gets, as the function itself would get it."""
+    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=is_primal)
+
+
+def is_primal(leaf: Any) -> bool:
+    """Whether a leaf is a value with the word whether it is differentiated."""
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def is_zero(cotangent: Any) -> bool:
+    """Whether a cotangent is zero, and not even an array."""
+    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
