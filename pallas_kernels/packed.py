@@ -48,7 +48,9 @@ class Packed:
 
     def over(self, scale: Float[Array, ""], dtype: Any, *, transpose: bool = False) -> Float[Array, "rows columns"]:
         """w / scale, each element rounded once to ``dtype``: [O, I'] or, ``transpose``d, [I', O]; padding is code 0."""
-        scales, shifts = self.scales.astype(jnp.float32) / scale, jnp.array([0, 4], jnp.uint8)
+        # The barrier: XLA would otherwise divide for each element.
+        scales = jax.lax.optimization_barrier(self.scales.astype(jnp.float32) / scale)
+        shifts = jnp.array([0, 4], jnp.uint8)
         out, groups = scales.shape
         if not transpose:
             values = self._values(self.codes[:, :, None] >> shifts[None, None]).reshape(out, groups, GROUP)

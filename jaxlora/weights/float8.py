@@ -78,21 +78,24 @@ class Float8(AbstractWeight):
 
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ (+ u @ bᵀ)."""
-        y = self._product(x, self.base.columns_over(self.scale, E4M3))
-        return y if update is None else y + contract_last(*update)
+        added = None if update is None else contract_last(*update)
+        return self._product(x, self.base.columns_over(self.scale, E4M3), self.shape[0], added)
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W (+ u @ a)."""
-        dx = self._product(dy, self.base.columns_over(self.scale, E4M3, transpose=True))[:, : self.shape[1]]
-        return dx if update is None else dx + contract_first(*update)
+        added = None if update is None else contract_first(*update)
+        # The barrier: XLA would otherwise write the gradients that it fuses with in fp32, and read them again for their largest.
+        dy = jax.lax.optimization_barrier(dy)
+        return self._product(dy, self.base.columns_over(self.scale, E4M3, transpose=True), self.shape[1], added)
 
-    def _product(self, x: Float[Array, "N C"], w: Float[Array, "F D"]) -> Float[Array, "N F"]:
-        """scale · s_i · (x₈ wᵀ); w may have padding beyond x's columns."""
+    def _product(self, x: Float[Array, "N C"], w: Float[Array, "F D"], width: int, added: Array | None) -> Float[Array, "N width"]:
+        """scale · s_i · (x₈ wᵀ) + added; w may have padding beyond x's columns and beyond the result's."""
         rounded, scales = rows_to_e4m3(jnp.pad(x, ((0, 0), (0, w.shape[1] - x.shape[1]))))
         # The barrier: XLA would otherwise convert back and multiply in bf16.
         rounded, w = jax.lax.optimization_barrier((rounded, w))
-        raw = jax.lax.dot_general(rounded, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
-        return (raw.astype(jnp.float32) * (scales * self.scale)[:, None]).astype(x.dtype)
+        raw = jax.lax.dot_general(rounded, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)[:, :width]
+        y = raw.astype(jnp.float32) * (scales * self.scale)[:, None]
+        return (y if added is None else y + added).astype(x.dtype)
 
 
 def rows_to_e4m3(x: Float[Array, "N C"]) -> tuple[Float[Array, "N C"], Float[Array, " N"]]:
@@ -102,7 +105,7 @@ def rows_to_e4m3(x: Float[Array, "N C"]) -> tuple[Float[Array, "N C"], Float[Arr
     >>> rounded.tolist(), scales.tolist()
     ([[224.0, -448.0], [0.0, 0.0]], [0.0044642859138548374, 1.0])
     """
-    wide = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=1)
+    largest = jnp.max(jnp.abs(x), axis=1).astype(jnp.float32)
     scales = jnp.where(largest > 0, largest / _LARGEST, 1.0)
-    return (wide / scales[:, None]).astype(E4M3), scales
+    # One reciprocal a row: a division for each element takes longer than reading it.
+    return (x.astype(jnp.float32) * (1 / scales)[:, None]).astype(E4M3), scales
