@@ -38,7 +38,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    chunk: int = 512,
+    chunk: int = 1024,
 ) -> Float[Array, ""]:
     """The f32 sum over tokens of -log softmax(cap(logit_scale * (hidden W^T + scale * (hidden a^T) b^T)))[label]; the caller divides.
 
@@ -231,7 +231,7 @@ def _check(hidden: Hidden, weight: Head, labels: Labels, lora: Adapter | None, s
         raise ValueError("; ".join(faults))
 
 
-def _case(dtype: Any, *, shape: tuple[int, int, int], labelled: float = 0.6, rank: int = 0, chunk: int = 8, **static: Any) -> Case:
+def _case(dtype: Any, *, shape: tuple[int, int, int], labelled: float = 0.6, rank: int = 0, chunk: int = 1024, **static: Any) -> Case:
     """``shape`` is (N, D, V); ``labelled`` is the share of tokens with a label."""
     draw = np.random.default_rng(0)
     n, d, v = shape
