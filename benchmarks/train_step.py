@@ -109,6 +109,7 @@ def run(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     made = time.perf_counter()
     compiled = step.lower(trainable, state, frozen, batch, jnp.int32(0)).compile()
     compile_s = time.perf_counter() - made
+    resident = (jax.devices()[0].memory_stats() or {"bytes_in_use": 0})["bytes_in_use"]
     (trainable, state), seconds, losses = timed_steps(compiled, (trainable, state, frozen, batch), args.warmups + args.steps)
     if not all(map(math.isfinite, losses)):
         raise SystemExit(f"the loss is not finite: {losses}; no speed is printed")
@@ -125,6 +126,7 @@ def run(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "peak_gb": round(stats["peak_bytes_in_use"] / GB, 2), "temp_gb": round(memory.temp_size_in_bytes / GB, 2),
         "host_temp_gb": round(memory.host_temp_size_in_bytes / GB, 2), "compile_s": round(compile_s, 1),
         "make_s": round(made - started, 1), "loss": losses[-1], "needed_gb": round(needed / GB, 2),
+        "resident_gb": round(resident / GB, 3), "arguments_gb": round(memory.argument_size_in_bytes / GB, 3),
         "first_step_s": round(compile_s + seconds[0], 1), "losses": losses,
     }  # fmt: skip
 
