@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Case, Packed
-from pallas_kernels.attention import cover
+from pallas_kernels.attention import Intervals, cover
 from pallas_kernels.packed import GROUP
 
 DTYPE = jnp.bfloat16
@@ -42,6 +42,20 @@ def _attention(rows: int, length: int, heads: tuple[int, int], width: int, *, ca
     forward = 4.0 * rows * heads[0] * length**2 * width * (0.5 if causal else 1.0)
     # Five products instead of two.
     return Size(case=case, flops=(forward, 3.5 * forward), plain=_dense_attention if dense else None, reference=dense)
+
+
+def _tiled_images(images: int, tokens: int, padding: int, heads: int, width: int) -> Size:
+    """Llama Vision's tower: every token sees all, padding the tokens; no segments, but an interval of keys for each query."""
+    length = tokens + padding
+
+    def case(key: Any) -> Case:
+        q, k, v = (jax.random.normal(one, (images, length, heads, width), DTYPE) for one in jax.random.split(key, 3))
+        ends = jnp.broadcast_to(jnp.where(jnp.arange(length) < tokens, length, tokens).astype(jnp.int32), (images, length))
+        segments = Intervals(jnp.zeros_like(ends), ends)
+        return Case(arrays={"q": q, "k": k, "v": v, "segments": segments}, static={"causal": False}, wrt=("q", "k", "v"))
+
+    forward = 4.0 * images * heads * length**2 * width
+    return Size(case=case, flops=(forward, 3.5 * forward))
 
 
 def _dense_attention(q: Any, k: Any, v: Any, segments: Any, *, causal: bool) -> Any:
@@ -108,6 +122,7 @@ SIZES: Mapping[str, Mapping[str, Size]] = {
         "llama-3.1-8b, 2 x 4096": _attention(2, 4096, (32, 8), 128, causal=True),
         "llama-3.1-8b, 1 x 32768": _attention(1, 32768, (32, 8), 128, causal=True, dense=False),
         "qwen2-vl tower, 4 x 4096": _attention(4, 4096, (16, 16), 80, causal=False),
+        "llama-vision tower, 2 x 6432": _tiled_images(2, 6404, 28, 16, 80),
     },
     "int4_matmul": {
         "8192 x 4096 -> 14336": _product(8192, (14336, 4096), 16),

@@ -30,10 +30,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where a call will run: JAX's platform name, and the CUDA compute capability where there is one."""
+    """Where a call will run: JAX's platform name, the CUDA compute capability where there is one, and the memory where it is known."""
 
     platform: str
     capability: tuple[int, int] | None = None
+    memory_bytes: int | None = None
 
     def lacks(self, capability: tuple[int, int]) -> str | None:
         """Why this is no CUDA device of at least ``capability``, or None.
@@ -53,8 +54,10 @@ def device() -> Device:
     if platform != "gpu":
         return Device(platform)
     # ROCm calls itself gpu too, and answers with a name such as gfx90a.
-    found = re.fullmatch(r"(\d+)\.(\d+)", str(jax.local_devices(backend="gpu")[0].compute_capability))
-    return Device(platform, (int(found[1]), int(found[2])) if found else None)
+    here = jax.local_devices(backend="gpu")[0]
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(here.compute_capability))
+    memory = (here.memory_stats() or {}).get("bytes_limit")
+    return Device(platform, (int(found[1]), int(found[2])) if found else None, memory)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from pallas_kernels.attention import xla
 from pallas_kernels.attention.spec import Covering, Intervals, KeyValue, Query, Reach, Segments, Spec, key_ranges
 
 _WIDEST_HEAD = 256
+# An element of q and a segment, in the backward: an fp32 sum (H200, cuDNN 9.19: 11 GB for 258 windows in a row of 8,192 x 16 x 80).
+_WORKSPACE_BYTES = 4
 
 
-def refuses(
-    spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None, reach: Reach, segments: Segments | None = None
-) -> str | None:
-    """Why cuDNN cannot run this call here, or None."""
+def lacking(spec: Spec, q: Query, sinks: Float[Array, " H"] | None) -> str | None:
+    """Why cuDNN has no attention of this kind here, whatever the mask, or None."""
     if not jax.__version__.startswith("0.11."):
         return f"the private binding was read for jax 0.11, this is {jax.__version__}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -35,13 +35,28 @@ def refuses(
         return "has no soft-cap"
     if sinks is not None:
         return "has no sinks"
+    return _kernel.device().lacks((9, 0))
+
+
+def refuses(
+    spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None, reach: Reach, segments: Segments | None = None
+) -> str | None:
+    """Why cuDNN cannot run this call here, or None."""
     if reach is not None:
         return "has no mask that lets some tokens see ahead"
     if isinstance(segments, Intervals):
         return "has no interval of keys for each query"
     if spec.window is not None:
         return "a window together with packed offsets was never shown to be right"
-    return _kernel.device().lacks((9, 0))
+    return lacking(spec, q, sinks) or (None if segments is None else _too_large(q, segments[0].shape[1]))
+
+
+def _too_large(q: Query, segments: int) -> str | None:
+    """Its backward holds a whole row for each segment."""
+    limit, needed = _kernel.device().memory_bytes, _WORKSPACE_BYTES * segments * q.size
+    if limit is None or needed <= limit / 8:
+        return None
+    return f"needs {needed / 1e9:.1f} GB for {segments} segments a row, more than an eighth of the device's {limit / 1e9:.0f} GB"
 
 
 def attention_forward(
@@ -89,9 +104,9 @@ def check_packing() -> None:
         )
 
 
-def packing_errors(forward: Any, backward: Any) -> dict[str, float]:
+def packing_errors(forward: Any, backward: Any, *, window: int | None = None) -> dict[str, float]:
     """Relative errors of out, dq, dk, dv of a (forward, backward) pair against "xla" on a case that a wrong offset convention fails."""
-    spec = Spec(causal=True, scale=0.125, window=None, softcap=None)
+    spec = Spec(causal=True, scale=0.125, window=window, softcap=None)
     draw = np.random.default_rng(0)
     q, k, v, dout = (jnp.asarray(draw.standard_normal((2, 128, 2, 64)), jnp.bfloat16) for _ in range(4))
     segments = (jnp.array([[0, 48, 0], [0, 80, 0]], jnp.int32), jnp.array([[48, 80, 0], [80, 40, 0]], jnp.int32))

@@ -7,9 +7,9 @@ import jax
 from pallas_kernels import _kernel
 
 
-def pretended():
+def pretended(memory_bytes=None):
     # Not an abstract mesh: cuDNN's primitives refuse to be lowered under one.
-    return mock.patch.object(_kernel, "device", lambda: _kernel.Device("gpu", (9, 0)))
+    return mock.patch.object(_kernel, "device", lambda: _kernel.Device("gpu", (9, 0), memory_bytes))
 
 
 def lowered_text(f, *args) -> str:

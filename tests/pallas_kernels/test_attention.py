@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention
-from pallas_kernels.attention import Intervals, cover, cudnn, front, xla
+from pallas_kernels.attention import Intervals, cover, cudnn, cudnn_mask, front, xla
 from pallas_kernels.attention.reference import reference
 from tests.pallas_kernels import h200
 
@@ -85,12 +85,61 @@ def test_intervals_are_whole_and_alone(options, message):
         attention(*qkv(8), segments=seen, **options)
 
 
-def test_cudnn_refuses_intervals_and_the_blockwise_path_takes_them(monkeypatch):
-    q, k, v = qkv(8, dtype=jnp.bfloat16)
-    seen = Intervals(*jnp.zeros((2, 1, 8), jnp.int32))
+def test_what_packed_offsets_cannot_say_runs_under_a_mask_where_there_are_queries_enough_for_one():
+    def chosen(length, **options):
+        q, k, v = qkv(length, dtype=jnp.bfloat16)
+        with h200.pretended():
+            return front.KERNEL.choose("auto", q, k, v, **options)
+
+    def seen(length):
+        return Intervals(*jnp.zeros((2, 1, length), jnp.int32))
+
+    assert chosen(64, segments=segments((0, 64)), causal=True) == "cudnn"
+    assert chosen(64, segments=seen(64), causal=False) == "cudnn_mask"
+    assert chosen(64, segments=segments((0, 64)), causal=True, window=9) == "cudnn_mask"
+    assert chosen(64, segments=segments((0, 64)), causal=True, reach=jnp.zeros((1, 64), jnp.int32)) == "cudnn_mask"
+    assert chosen(64, segments=segments((0, 64)), causal=True, softcap=3.0) == "xla"
+    assert chosen(63, segments=seen(63), causal=False) == "xla"
+
+
+def answer(ask, *shapes):
+    """What ``ask`` says of arrays of these shapes, which are not made."""
+    said = []
+    jax.eval_shape(lambda *arrays: said.append(ask(*arrays)), *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    return said[0]
+
+
+def test_a_mask_that_would_be_too_large_is_refused():
+    def refused(q):
+        return front._refuses("cudnn_mask", q, q, q, segments=tuple(jnp.zeros((2, 2, 1), jnp.int32)), causal=True, window=9)
+
     with h200.pretended():
-        assert front._refuses("cudnn", q, k, v, segments=seen, causal=False) == "has no interval of keys for each query"
-        assert front.KERNEL.choose("auto", q, k, v, segments=seen, causal=False) == "xla"
+        reason = answer(refused, ((2, 16384, 2, 64), jnp.bfloat16))
+    assert reason == "needs a mask of 1.1 GB for rows of 16384 queries and 16384 keys"
+
+
+@pytest.mark.parametrize(
+    ("device_gb", "backend", "reason"),
+    [(140, "cudnn", None), (80, "cudnn_mask", "needs 10.8 GB for 258 segments a row, more than an eighth of the device's 80 GB")],
+)
+def test_many_segments_are_no_packed_offsets_where_cudnns_sums_would_fill_the_device(device_gb, backend, reason):
+    def asked(q, starts, lengths):
+        options = {"segments": (starts, lengths), "causal": False}
+        return front._refuses("cudnn", q, q, q, **options), front.KERNEL.choose("auto", q, q, q, **options)
+
+    with h200.pretended(memory_bytes=device_gb * 10**9):
+        assert answer(asked, ((1, 8192, 16, 80), jnp.bfloat16), *[((1, 258), jnp.int32)] * 2) == (reason, backend)
+
+
+def test_a_mask_hides_what_a_query_does_not_see_and_padding():
+    q, k, v = qkv(13, dtype=jnp.bfloat16)
+    reach = jnp.asarray([[0, 0, 4, 4, *[0] * 9]], jnp.int32)
+    inside, options = segments((0, 6), (7, 5)), {"causal": True, "window": 4}
+    arguments, _, seeing = cudnn_mask._masked(front._spec(q, **options), q, k, v, inside, reach)
+    open_to = np.asarray(arguments[3][0, 0] == 0)
+    assert open_to.shape == (14, 14) and not open_to[13].any() and not open_to[:, 13].any()
+    assert np.array_equal(open_to[:13, :13], seen_by(13, segments=inside, reach=reach, window=4))
+    assert np.array_equal(np.asarray(seeing[0]), [True] * 6 + [False] + [True] * 5 + [False])
 
 
 def test_looking_ahead_without_causality_is_a_mistake():
@@ -262,7 +311,7 @@ def test_naming_cudnn_without_a_gpu_says_what_it_needs(monkeypatch):
 
 
 def test_an_unknown_backend_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no backend 'flash'; known are 'auto', 'cudnn', 'xla'"):
+    with pytest.raises(ValueError, match=r"no backend 'flash'; known are 'auto', 'cudnn', 'cudnn_mask', 'xla'"):
         attention(*qkv(16), segments=segments((0, 16)), causal=True, backend="flash")
 
 
@@ -270,8 +319,9 @@ def test_a_fallback_is_logged_once_with_its_reason(caplog):
     h200._kernel._log_fallback.cache_clear()
     with caplog.at_level("INFO", logger="pallas_kernels"):
         for _ in range(2):
-            attention(*qkv(16), segments=segments((0, 16)), causal=True)
-    assert caplog.messages == ["attention runs on 'xla'; cudnn: needs bfloat16 or float16, got float32"]
+            attention(*qkv(64), segments=segments((0, 64)), causal=True)
+    refused = "needs bfloat16 or float16, got float32"
+    assert caplog.messages == [f"attention runs on 'xla'; cudnn{which}: {refused}" for which in ("", "_mask")]
 
 
 def test_mismatched_arguments_are_named_together():
