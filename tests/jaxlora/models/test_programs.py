@@ -14,7 +14,7 @@ from jaxlora.models.mllama import Mllama
 from jaxlora.models.text import CausalLM
 from jaxlora.nn.attention import Vision
 from jaxlora.nn.decoder import Execution
-from jaxlora.nn.stack import Run
+from jaxlora.nn.stack import Run, Scan
 from tests.jaxlora import reference, vision_peft
 
 TOKENS, IMAGES = 64, 8
@@ -82,7 +82,7 @@ def program(module, vision):
     def loss(x, state, ids, seen):
         segments = jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), 2048)
         options = {} if seen is None else {"vision": Vision(seen, ids, ids)}
-        return nnx.merge(graphdef, state)(x, ids, segments, Execution(checkpoint=True), **options)[0].astype(jnp.float32).sum()
+        return nnx.merge(graphdef, state)(x, ids, segments, Execution(scan=Scan(checkpoint=True)), **options)[0].astype(jnp.float32).sum()
 
     for _ in range(2):
         started = time.perf_counter()
