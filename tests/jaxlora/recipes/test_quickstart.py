@@ -18,7 +18,7 @@ def reduced(tmp_path_factory):
     """A run of few steps on few scans, which learns to answer with some digit: (results, folder)."""
     folder = tmp_path_factory.mktemp("quickstart")
     config = QuickstartConfig(
-        output_dir=folder, base_steps=90, adapter_steps=40, rows_per_step=8, train_scans=16, test_scans=20, before=1.01, after=0.0
+        output_dir=folder, base_steps=70, adapter_steps=20, rows_per_step=8, train_scans=16, test_scans=20, before=1.01, after=0.0
     )
     return quickstart.run(config), folder
 
