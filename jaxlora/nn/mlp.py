@@ -47,15 +47,17 @@ def by_tiles(function: Callable[[Array], Array], x: Float[Array, "*N D"], tile: 
     return _by_tiles(converted, parts, consts).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_tiles(function: Callable[..., Array], parts: Float[Array, "T N D"], consts: Sequence[Array]) -> Float[Array, "T N D"]:
+def _each_tile(function: Callable[..., Array], parts: Float[Array, "T N D"], consts: Sequence[Array]) -> Float[Array, "T N D"]:
     return jax.lax.map(lambda part: function(part, *consts), parts)
+
+
+_by_tiles = jax.custom_vjp(_each_tile, nondiff_argnums=(0,))
 
 
 def _by_tiles_fwd(function: Callable[..., Array], parts: Any, consts: Any) -> tuple[Array, Any]:
     wanted = Wanted.of(consts)
     parts, consts = values((parts, consts))
-    return _by_tiles(function, parts, consts), (parts, consts, wanted)
+    return _each_tile(function, parts, consts), (parts, consts, wanted)
 
 
 def _by_tiles_bwd(function: Callable[..., Array], residuals: Any, dys: Any) -> tuple[Any, Any]:

@@ -22,12 +22,12 @@ _KEPT = jax.checkpoint_policies.save_only_these_names("dot", "attn_out", "attn_l
 
 
 def scan_offloaded(
-    blocks: Sequence[Block], x: Array, xs: Sequence[Any], slots: Sequence[Array] | None, states: Array | None
+    blocks: Sequence[Block], x: Array, xs: Sequence[Any], slots: Sequence[Array | None], states: Array | None
 ) -> tuple[Array, Array | None]:
     """Scans x through periods of ``blocks``: ``block(x, *each) -> (x, None)`` gets a slice of its own ``xs``.
 
-    Every block's input goes to host memory. Where ``slots`` [periods] are given for each block, its input is also written to that slot of
-    ``states``; a slot beyond the last is none. Returns (x, states).
+    Every block's input goes to host memory. Where a block has ``slots`` [periods], its input is also written to that slot of ``states``; a
+    slot beyond the last is none. Returns (x, states).
     """
     converted, consts = [], []
     for block, own in zip(blocks, xs, strict=True):
@@ -52,7 +52,7 @@ def _forward(blocks: Sequence[Block], x: Array, xs: Any, slots: Any, states: Any
         return (x, before, states), saved
 
     start = x, x if save else None, states
-    (x, before, states), saved = jax.lax.scan(body, start, list(zip(xs, slots or [None] * len(xs), strict=True)))
+    (x, before, states), saved = jax.lax.scan(body, start, list(zip(xs, slots, strict=True)))
     return (x, states), (before, saved)
 
 

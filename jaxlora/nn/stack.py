@@ -161,7 +161,7 @@ class Stack(nnx.Module):
         slots = [jnp.array([(*wanted, i).index(i) for i in range(*map(int, key.split(":")))]) if wanted else None for key in run.keys]
         states = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
         if scan.offload:
-            x, states = scan_offloaded(calls, x, xs, slots if wanted else None, states)
+            x, states = scan_offloaded(calls, x, xs, slots, states)
             return x, states, [None] * len(calls)
 
         def body(carry: Any, each: Any) -> Any:
