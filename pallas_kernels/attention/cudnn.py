@@ -48,7 +48,18 @@ def refuses(
         return "has no interval of keys for each query"
     if spec.window is not None:
         return "a window together with packed offsets was never shown to be right"
-    return lacking(spec, q, sinks) or (None if segments is None else _too_large(q, segments[0].shape[1]))
+    if segments is None or _alone(spec, segments):
+        return lacking(spec, q, sinks)
+    return lacking(spec, q, sinks) or _too_large(q, segments[0].shape[1])
+
+
+def _alone(spec: Spec, segments: Segments) -> bool:
+    """Whether each row is one document from column 0 on, then padding: causality alone hides the padding from it.
+
+    Without offsets cuDNN needs no sums of its own for each segment, and no kernels around them. The padding sees the document, which nobody
+    reads.
+    """
+    return spec.causal and isinstance(segments, Covering) and segments.starts.shape[1] == 2
 
 
 def _too_large(q: Query, segments: int) -> str | None:
@@ -122,14 +133,15 @@ def packing_errors(forward: Any, backward: Any, *, window: int | None = None) ->
 
 def _packed(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments) -> tuple[tuple[Array, ...], dict[str, Any]]:
     """The operands and options that the forward and the backward primitive share."""
-    lengths, offsets = packed_segments(segments)
-    unused = jnp.zeros(0, q.dtype)
+    unused, alone = jnp.zeros(0, q.dtype), _alone(spec, segments)
+    lengths, offsets = (unused, unused) if alone else packed_segments(segments)
+    masks = binding.MaskType
     options = {
         "scale": spec.scale,
         "seed": 42,
         "dropout_rate": 0.0,
         "variadic_args": (False, False),
-        "mask_type": binding.MaskType.PADDING_CAUSAL if spec.causal else binding.MaskType.PADDING,
+        "mask_type": masks.CAUSAL if alone else masks.PADDING_CAUSAL if spec.causal else masks.PADDING,
         "layout": binding.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
     }

@@ -264,9 +264,10 @@ def test_the_packing_check_fails_when_offsets_are_read_wrongly(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["xla", pytest.param("cudnn", marks=pytest.mark.gpu)])
-def test_covered_padding_changes_no_token_and_takes_no_gradient(backend):
+@pytest.mark.parametrize("documents", [[(0, 20), (20, 25)], [(0, 45)]], ids=["two", "one"])
+def test_covered_padding_changes_no_token_and_takes_no_gradient(backend, documents):
     arrays = qkv(64, dtype=jnp.bfloat16)
-    given = segments((0, 20), (20, 25))
+    given = segments(*documents)
 
     def tokens_only(segments, arrays):
         out = attention(*arrays, segments=segments, causal=True, backend=backend)
@@ -278,6 +279,19 @@ def test_covered_padding_changes_no_token_and_takes_no_gradient(backend):
     assert bool(jnp.isfinite(covered).all()) and bool(jnp.any(covered[:, 45:] != 0, axis=(2, 3)).all())
     for a, b in zip(grads, covered_grads, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_one_document_a_row_needs_no_offsets():
+    q, k, v = qkv(64, dtype=jnp.bfloat16)
+
+    def operands(documents, **options):
+        return cudnn._packed(front._spec(q, **options), q, k, v, cover(segments(*documents), 64))
+
+    (*_, lengths, _, _, _, _, _), options = operands([(0, 45)], causal=True)
+    assert lengths.size == 0 and options["mask_type"] == cudnn.binding.MaskType.CAUSAL
+    for documents, causal in (([(0, 20), (20, 25)], True), ([(0, 45)], False)):
+        (*_, lengths, _, _, _, _, _), options = operands(documents, causal=causal)
+        assert lengths.shape == (1, len(documents) + 1) and options["mask_type"] != cudnn.binding.MaskType.CAUSAL
 
 
 @pytest.mark.gpu
