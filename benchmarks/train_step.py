@@ -72,17 +72,20 @@ def step_of(graphdef: Any, args: argparse.Namespace) -> tuple[jax.stages.Wrapped
     return make_step(graphdef, optim, execution(remat, **options)), optim
 
 
-def lower_abstract(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[jax.stages.Lowered, float, float]:
-    """The step of a model that is not there, lowered; with the seconds that tracing and lowering took."""
+def lower_abstract(
+    config: Mapping[str, Any], args: argparse.Namespace, placement: jax.sharding.Sharding | None = None
+) -> tuple[jax.stages.Lowered, float, float]:
+    """The step of a model that is not there, lowered (for the device of ``placement``); with the seconds of tracing and of lowering."""
     graphdef, trainable, frozen = abstract_trees(config, args)
     step, optim = step_of(graphdef, args)
     state = jax.eval_shape(optim.init, trainable)
     batch = batch_of(config, registry.get(config["model_type"]).values(config), args.rows, args.sequence)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
+    given = (trainable, state, frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
+    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement), given)
     started = time.perf_counter()
-    traced = step.trace(trainable, state, frozen, shapes, jax.ShapeDtypeStruct((), jnp.int32))
+    traced = step.trace(*given)
     trace_s = time.perf_counter() - started
-    lowered = traced.lower()
+    lowered = traced.lower(lowering_platforms=None if placement is None else ("cuda",))
     return lowered, trace_s, time.perf_counter() - started - trace_s
 
 

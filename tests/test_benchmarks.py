@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import gate, jobs, kernel_sizes, longest, plot, results, train_step, tune, versus, workload
+from benchmarks import absent_gpu, gate, jobs, kernel_sizes, longest, plot, results, train_step, tune, versus, workload
 from benchmarks.geometries import GEOMETRIES, text_layers, with_layers
 from benchmarks.rivals import measure, torch_train, torch_vlm_train
 from jaxlora.models import registry
 from pallas_kernels import KERNELS, _tuned, mosaic_code
 
-MODULES = ("gate", "kernels", "longest", "results", "versus", "workload")
+MODULES = ("absent_gpu", "gate", "kernels", "longest", "results", "versus", "workload")
 HOST_ONLY = ("gate", "geometries", "jobs", "results", "rivals.measure", "rivals.torch_decode", "rivals.torch_train", "versus", "workload")
 SIGHTED = [name for name in GEOMETRIES if "vision_config" in GEOMETRIES[name]]
 
@@ -24,6 +24,28 @@ SIGHTED = [name for name in GEOMETRIES if "vision_config" in GEOMETRIES[name]]
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings_run(module):
     assert doctest.testmod(importlib.import_module(f"benchmarks.{module}")).failed == 0
+
+
+def test_traffic_is_what_the_kernels_of_a_body_with_products_read_and_write_in_a_layer():
+    hlo = """HloModule step
+
+%body (p: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %weights = bf16[32,8,8]{2,1,0} parameter(1)
+  %copy.1 = bf16[4,8]{1,0} copy(%x)
+  %fetch = ((bf16[32,8,8]{2,1,0}), bf16[8,8]{1,0}) copy-start(%weights)
+  ROOT %product = (bf16[4,8]{1,0}, s8[99]{0}) custom-call(%copy.1, %weights), custom_call_target="__cublas$lt$matmul"
+}
+
+%condition (p: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  ROOT %less = pred[] fusion(%i), kind=kLoop
+}
+"""
+    found = absent_gpu.traffic(hlo, layers=32)
+    assert {name: [(round(1e6 * moved), kind) for moved, kind, _ in rows] for name, rows in found.items()} == {
+        "body": [(64 + 64 + 128, "__cublas$lt$matmul"), (64 + 64, "copy")]
+    }
 
 
 def test_what_starts_the_rivals_imports_neither_jax_nor_torch():
