@@ -33,7 +33,8 @@ type Remat = Policy | None
 @dataclasses.dataclass(frozen=True)
 class Scan:
     """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
-    nothing but its input); ``offload`` keeps these inputs in pinned host memory. ``unroll`` periods are compiled one after the other.
+    nothing but its input). With ``offload`` these inputs are in pinned host memory, and nothing else is kept; layers then return nothing of
+    their own. ``unroll`` periods are compiled one after the other.
     """
 
     checkpoint: bool = False

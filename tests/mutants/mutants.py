@@ -157,9 +157,25 @@ MUTANTS = [
     # the step
     Mutant("jaxlora/nn/norm.py", "jnp.mean(g * normed, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
     Mutant("jaxlora/nn/linear.py", "return pull(dx), ", "return pull(x), ", "an activation's gradient of its value", LINEAR),
+    Mutant("jaxlora/weights/base.py", "beside(*dys, *u)", "beside(*u, *dys)", "columns swapped", FORMATS),
+    Mutant("jaxlora/nn/offload.py", "before = x", "before = before", "every block is recomputed from the first input", STACK),
     Mutant(
-        "jaxlora/weights/base.py", "jnp.concatenate([*dys, *u], axis=1)", "jnp.concatenate([*u, *dys], axis=1)", "columns swapped", FORMATS
+        "jaxlora/nn/offload.py",
+        "jnp.add, dconsts[p], added",
+        "lambda a, b: b, dconsts[p], added",
+        "what blocks share, by one of them",
+        STACK,
     ),
+    Mutant("jaxlora/nn/offload.py", "if dstates is not None:", "if False:", "collected states have no gradient", STACK),
+    Mutant(
+        "jaxlora/nn/mlp.py",
+        "jnp.add, sums, few",
+        "lambda a, b: b, sums, few",
+        "an adapter's gradient by one tile",
+        "tests/jaxlora/nn/test_mlp.py",
+    ),
+    Mutant("pallas_kernels/attention/cudnn_mask.py", "key >= low", "key > low", "a mask hides the first key", ATTENTION),
+    Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", ATTENTION),
     Mutant("pallas_kernels/attention/spec.py", "length - end, 0", "length - end - 1, 0", "the last padding is left out", ATTENTION),
     Mutant("jaxlora/train/auto.py", "needed_gib <= limit_gib", "needed_gib >= limit_gib", "a policy that does not fit", AUTO),
     Mutant("jaxlora/train/loop.py", ".sum()), at)", ".sum()), time.perf_counter())", "steps end when they are read", LOOP),

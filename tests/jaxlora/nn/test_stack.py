@@ -82,6 +82,17 @@ class TestLayout:
         assert (run.start, run.period, run.repeats) == (0, shortest, n // shortest)
 
 
+def gradient(kinds, given, scan, *, wrt, collect):
+    """The leaves of a loss's gradient by some of (the stack's state, x, shared, per_layer)."""
+    graphdef, state = nnx.split(stack(kinds))
+
+    def loss(state, *given):
+        y, collected, _ = nnx.merge(graphdef, state)(*given, collect=collect, scan=scan)
+        return y.sum() + sum(jnp.sum(jnp.sin(c)) for c in collected)
+
+    return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=wrt))(state, *given))
+
+
 @pytest.mark.parametrize("kinds", ["aaaa", "abab", "aabaab", "abba"])
 class TestScanned:
     def test_equals_the_layers_one_after_the_other(self, kinds):
@@ -104,18 +115,27 @@ class TestScanned:
         for layer, state in zip(wanted, collected, strict=True):
             np.testing.assert_allclose(state, states[layer], atol=REORDERED_FP32)
 
-    def test_recomputing_blocks_changes_no_gradient(self, kinds):
+    @pytest.mark.parametrize("offload", [False, True], ids=["recomputed", "offloaded"])
+    def test_recomputing_blocks_changes_no_gradient(self, kinds, offload):
+        given = (filled(90, 3, WIDTH), filled(91, 1, WIDTH), filled(92, len(kinds), 3, WIDTH))
+        wanted = {"wrt": (0, 1, 2, 3), "collect": (2, 0, len(kinds))}
+        recomputed = Scan(checkpoint=True, offload=offload)
+        for ours, plain in zip(gradient(kinds, given, recomputed, **wanted), gradient(kinds, given, Scan(), **wanted), strict=True):
+            np.testing.assert_allclose(ours, plain, atol=20 * REORDERED_FP32)
+
+    def test_an_offloaded_stack_is_the_same_forwards(self, kinds):
         x, shared = filled(90, 3, WIDTH), filled(91, 1, WIDTH)
-        graphdef, state = nnx.split(stack(kinds))
+        plain, states, _ = stack(kinds)(x, shared, collect=(0, 2))
+        ours, offloaded, _ = stack(kinds)(x, shared, collect=(0, 2), scan=Scan(checkpoint=True, offload=True))
+        np.testing.assert_array_equal(jnp.stack([ours, *offloaded]), jnp.stack([plain, *states]))
 
-        def gradient(checkpoint):
-            def loss(state):
-                return nnx.merge(graphdef, state)(x, shared, scan=Scan(checkpoint=checkpoint))[0].sum()
 
-            return jax.tree.leaves(jax.jit(jax.grad(loss))(state))
-
-        for ours, plain in zip(gradient(True), gradient(False), strict=True):
-            np.testing.assert_allclose(ours, plain, atol=10 * REORDERED_FP32)
+@pytest.mark.parametrize(("wrt", "collect"), [((0,), ()), ((2,), (1,))], ids=["state", "shared"])
+def test_an_offloaded_stack_has_the_gradient_that_is_asked_for_and_no_other(wrt, collect):
+    given = (filled(90, 3, WIDTH), filled(91, 1, WIDTH), None)
+    offloaded = gradient("abab", given, Scan(checkpoint=True, offload=True), wrt=wrt, collect=collect)
+    for ours, plain in zip(offloaded, gradient("abab", given, Scan(), wrt=wrt, collect=collect), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=20 * REORDERED_FP32)
 
 
 def test_paths_are_those_of_the_layers_in_order():
