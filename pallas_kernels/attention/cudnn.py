@@ -16,15 +16,18 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _kernel
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.spec import Covering, Intervals, KeyValue, Query, Reach, Segments, Spec, key_ranges
+from pallas_kernels.attention.spec import Covering, Intervals, KeyValue, Query, Reach, Segments, Spec, cover, key_ranges
 
 _WIDEST_HEAD = 256
-# An element of q and a segment, in the backward: an fp32 sum (H200, cuDNN 9.19: 11 GB for 258 windows in a row of 8,192 x 16 x 80).
+# An element of q and a segment, in the backward: as if each segment had an fp32 sum of the whole row. With 258 windows in a row of 8,192,
+# 16 heads of 80, a step took 11 GB more than XLA had planned (H200, cuDNN 9.19).
 _WORKSPACE_BYTES = 4
 
 
-def lacking(spec: Spec, q: Query, sinks: Float[Array, " H"] | None) -> str | None:
-    """Why cuDNN has no attention of this kind here, whatever the mask, or None."""
+def refuses(
+    spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None, reach: Reach, segments: Segments | None = None
+) -> str | None:
+    """Why cuDNN cannot run this call here, or None."""
     if not jax.__version__.startswith("0.11."):
         return f"the private binding was read for jax 0.11, this is {jax.__version__}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -35,22 +38,15 @@ def lacking(spec: Spec, q: Query, sinks: Float[Array, " H"] | None) -> str | Non
         return "has no soft-cap"
     if sinks is not None:
         return "has no sinks"
-    return _kernel.device().lacks((9, 0))
-
-
-def refuses(
-    spec: Spec, q: Query, k: KeyValue, sinks: Float[Array, " H"] | None, reach: Reach, segments: Segments | None = None
-) -> str | None:
-    """Why cuDNN cannot run this call here, or None."""
     if reach is not None:
         return "has no mask that lets some tokens see ahead"
     if isinstance(segments, Intervals):
         return "has no interval of keys for each query"
     if spec.window is not None:
         return "a window together with packed offsets was never shown to be right"
-    if segments is None or _alone(spec, segments):
-        return lacking(spec, q, sinks)
-    return lacking(spec, q, sinks) or _too_large(q, segments[0].shape[1])
+    if segments is not None and not _alone(spec, segments) and (reason := _too_large(q, segments[0].shape[1])):
+        return reason
+    return _kernel.device().lacks((9, 0))
 
 
 def _alone(spec: Spec, segments: Segments) -> bool:
@@ -100,7 +96,8 @@ def attention_backward(
 
 @functools.cache
 def check_packing() -> None:
-    """Compares cuDNN with "xla" on two rows of 128 tokens in two segments, forward and backward; costs a second, once a process.
+    """Compares cuDNN with "xla" on two rows of 128 tokens, in two segments and as one document, forward and backward; costs a second or
+    two, once a process.
 
     Raises:
       RuntimeError: they differ, so this cuDNN or JAX reads the offsets differently.
@@ -115,20 +112,28 @@ def check_packing() -> None:
         )
 
 
-def packing_errors(forward: Any, backward: Any, *, window: int | None = None) -> dict[str, float]:
-    """Relative errors of out, dq, dk, dv of a (forward, backward) pair against "xla" on a case that a wrong offset convention fails."""
-    spec = Spec(causal=True, scale=0.125, window=window, softcap=None)
+def packing_errors(forward: Any, backward: Any) -> dict[str, float]:
+    """Relative errors of out, dq, dk, dv of a (forward, backward) pair against "xla", the larger of two cases: segments that a wrong offset
+    convention fails, and whole rows, which go without offsets.
+    """
+    spec = Spec(causal=True, scale=0.125, window=None, softcap=None)
     draw = np.random.default_rng(0)
     q, k, v, dout = (jnp.asarray(draw.standard_normal((2, 128, 2, 64)), jnp.bfloat16) for _ in range(4))
-    segments = (jnp.array([[0, 48, 0], [0, 80, 0]], jnp.int32), jnp.array([[48, 80, 0], [80, 40, 0]], jnp.int32))
+    packed = (jnp.array([[0, 48, 0], [0, 80, 0]], jnp.int32), jnp.array([[48, 80, 0], [80, 40, 0]], jnp.int32))
+    whole = cover((jnp.zeros((2, 1), jnp.int32), jnp.full((2, 1), 128, jnp.int32)), 128)
 
-    def run(forward: Any, backward: Any) -> dict[str, np.ndarray]:
+    def run(forward: Any, backward: Any, segments: Segments) -> dict[str, np.ndarray]:
         saved = forward(spec, q, k, v, None, segments)
         results = (saved[0], *backward(spec, q, k, v, None, segments, saved, dout)[:3])
         return {name: np.asarray(x, np.float64) for name, x in zip(("out", "dq", "dk", "dv"), results, strict=True)}
 
-    right, found = run(xla.attention_forward, xla.attention_backward), run(forward, backward)
-    return {name: float(np.linalg.norm(found[name] - right[name]) / np.linalg.norm(right[name])) for name in right}
+    errors: dict[str, float] = {}
+    for segments in (packed, whole):
+        right, found = run(xla.attention_forward, xla.attention_backward, segments), run(forward, backward, segments)
+        for name, exact in right.items():
+            # NaN, which wrong offsets may give, is the largest.
+            errors[name] = float(np.maximum(errors.get(name, 0.0), np.linalg.norm(found[name] - exact) / np.linalg.norm(exact)))
+    return errors
 
 
 def _packed(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments) -> tuple[tuple[Array, ...], dict[str, Any]]:

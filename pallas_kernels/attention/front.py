@@ -8,13 +8,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels._kernel import Kernel
-from pallas_kernels.attention import cudnn, cudnn_mask, xla
+from pallas_kernels.attention import cudnn, xla
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.attention.reference import reference
 from pallas_kernels.attention.spec import Intervals, KeyValue, Query, Reach, Segments, Spec
 
-_BACKENDS = {"cudnn": cudnn, "cudnn_mask": cudnn_mask, "xla": xla}
-_CHECKS = {"cudnn": cudnn.check_packing, "cudnn_mask": cudnn_mask.check_mask}
+_BACKENDS = {"cudnn": cudnn, "xla": xla}
 
 
 def attention(
@@ -60,8 +59,8 @@ def attention(
     _check(q, k, v, segments, causal, window, reach)
     chosen = KERNEL.choose(backend, q, k, v, segments=segments, sinks=sinks, reach=reach, **options)
     # Lowering for a GPU that this host does not have runs nothing, so there is nothing to check.
-    if chosen in _CHECKS and jax.default_backend() == "gpu":
-        _CHECKS[chosen]()
+    if chosen == "cudnn" and jax.default_backend() == "gpu":
+        cudnn.check_packing()
     return _attention(chosen, _spec(q, **options), q, k, v, sinks, segments, reach)
 
 

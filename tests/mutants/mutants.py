@@ -174,7 +174,6 @@ MUTANTS = [
         "an adapter's gradient by one tile",
         "tests/jaxlora/nn/test_mlp.py",
     ),
-    Mutant("pallas_kernels/attention/cudnn_mask.py", "key >= low", "key > low", "a mask hides the first key", ATTENTION),
     Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", ATTENTION),
     Mutant("pallas_kernels/attention/spec.py", "length - end, 0", "length - end - 1, 0", "the last padding is left out", ATTENTION),
     Mutant("jaxlora/train/auto.py", "needed_gib <= limit_gib", "needed_gib >= limit_gib", "a policy that does not fit", AUTO),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention
-from pallas_kernels.attention import Intervals, cover, cudnn, cudnn_mask, front, xla
+from pallas_kernels.attention import Intervals, cover, cudnn, front, xla
 from pallas_kernels.attention.reference import reference
 from tests.pallas_kernels import h200
 
@@ -85,21 +86,12 @@ def test_intervals_are_whole_and_alone(options, message):
         attention(*qkv(8), segments=seen, **options)
 
 
-def test_what_packed_offsets_cannot_say_runs_under_a_mask_where_there_are_queries_enough_for_one():
-    def chosen(length, **options):
-        q, k, v = qkv(length, dtype=jnp.bfloat16)
-        with h200.pretended():
-            return front.KERNEL.choose("auto", q, k, v, **options)
-
-    def seen(length):
-        return Intervals(*jnp.zeros((2, 1, length), jnp.int32))
-
-    assert chosen(64, segments=segments((0, 64)), causal=True) == "cudnn"
-    assert chosen(64, segments=seen(64), causal=False) == "cudnn_mask"
-    assert chosen(64, segments=segments((0, 64)), causal=True, window=9) == "cudnn_mask"
-    assert chosen(64, segments=segments((0, 64)), causal=True, reach=jnp.zeros((1, 64), jnp.int32)) == "cudnn_mask"
-    assert chosen(64, segments=segments((0, 64)), causal=True, softcap=3.0) == "xla"
-    assert chosen(63, segments=seen(63), causal=False) == "xla"
+def test_cudnn_refuses_intervals_and_the_blockwise_path_takes_them(monkeypatch):
+    q, k, v = qkv(8, dtype=jnp.bfloat16)
+    seen = Intervals(*jnp.zeros((2, 1, 8), jnp.int32))
+    with h200.pretended():
+        assert front._refuses("cudnn", q, k, v, segments=seen, causal=False) == "has no interval of keys for each query"
+        assert front.KERNEL.choose("auto", q, k, v, segments=seen, causal=False) == "xla"
 
 
 def answer(ask, *shapes):
@@ -109,18 +101,9 @@ def answer(ask, *shapes):
     return said[0]
 
 
-def test_a_mask_that_would_be_too_large_is_refused():
-    def refused(q):
-        return front._refuses("cudnn_mask", q, q, q, segments=tuple(jnp.zeros((2, 2, 1), jnp.int32)), causal=True, window=9)
-
-    with h200.pretended():
-        reason = answer(refused, ((2, 16384, 2, 64), jnp.bfloat16))
-    assert reason == "needs a mask of 1.1 GB for rows of 16384 queries and 16384 keys"
-
-
 @pytest.mark.parametrize(
     ("device_gb", "backend", "reason"),
-    [(140, "cudnn", None), (80, "cudnn_mask", "needs 10.8 GB for 258 segments a row, more than an eighth of the device's 80 GB")],
+    [(140, "cudnn", None), (80, "xla", "needs 10.8 GB for 258 segments a row, more than an eighth of the device's 80 GB")],
 )
 def test_many_segments_are_no_packed_offsets_where_cudnns_sums_would_fill_the_device(device_gb, backend, reason):
     def asked(q, starts, lengths):
@@ -129,17 +112,6 @@ def test_many_segments_are_no_packed_offsets_where_cudnns_sums_would_fill_the_de
 
     with h200.pretended(memory_bytes=device_gb * 10**9):
         assert answer(asked, ((1, 8192, 16, 80), jnp.bfloat16), *[((1, 258), jnp.int32)] * 2) == (reason, backend)
-
-
-def test_a_mask_hides_what_a_query_does_not_see_and_padding():
-    q, k, v = qkv(13, dtype=jnp.bfloat16)
-    reach = jnp.asarray([[0, 0, 4, 4, *[0] * 9]], jnp.int32)
-    inside, options = segments((0, 6), (7, 5)), {"causal": True, "window": 4}
-    arguments, _, seeing = cudnn_mask._masked(front._spec(q, **options), q, k, v, inside, reach)
-    open_to = np.asarray(arguments[3][0, 0] == 0)
-    assert open_to.shape == (14, 14) and not open_to[13].any() and not open_to[:, 13].any()
-    assert np.array_equal(open_to[:13, :13], seen_by(13, segments=inside, reach=reach, window=4))
-    assert np.array_equal(np.asarray(seeing[0]), [True] * 6 + [False] + [True] * 5 + [False])
 
 
 def test_looking_ahead_without_causality_is_a_mistake():
@@ -257,17 +229,22 @@ def test_the_packing_check_fails_when_offsets_are_read_wrongly(monkeypatch):
         # The second row's starts are one token off, as when its offsets count from the wrong base.
         return xla.attention_forward(spec, q, k, v, sinks, (segments[0].at[1, 1].add(1), segments[1]))
 
-    monkeypatch.setattr(cudnn, "attention_forward", shifted)
+    def blind(spec, q, k, v, sinks, segments, *rest):
+        # Right where there are offsets; whole rows lose their causality.
+        spec = dataclasses.replace(spec, causal=spec.causal and not isinstance(segments, cudnn.Covering))
+        return xla.attention_forward(spec, q, k, v, sinks, segments)
+
     monkeypatch.setattr(cudnn, "attention_backward", xla.attention_backward)
-    with pytest.raises(RuntimeError, match="reads segment offsets differently"):
-        cudnn.check_packing.__wrapped__()
+    for wrong in (shifted, blind):
+        monkeypatch.setattr(cudnn, "attention_forward", wrong)
+        with pytest.raises(RuntimeError, match="reads segment offsets differently"):
+            cudnn.check_packing.__wrapped__()
 
 
 @pytest.mark.parametrize("backend", ["xla", pytest.param("cudnn", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("documents", [[(0, 20), (20, 25)], [(0, 45)]], ids=["two", "one"])
-def test_covered_padding_changes_no_token_and_takes_no_gradient(backend, documents):
+def test_covered_padding_changes_no_token_and_takes_no_gradient(backend):
     arrays = qkv(64, dtype=jnp.bfloat16)
-    given = segments(*documents)
+    given = segments((0, 20), (20, 25))
 
     def tokens_only(segments, arrays):
         out = attention(*arrays, segments=segments, causal=True, backend=backend)
@@ -279,6 +256,26 @@ def test_covered_padding_changes_no_token_and_takes_no_gradient(backend, documen
     assert bool(jnp.isfinite(covered).all()) and bool(jnp.any(covered[:, 45:] != 0, axis=(2, 3)).all())
     for a, b in zip(grads, covered_grads, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["xla", pytest.param("cudnn", marks=pytest.mark.gpu)])
+def test_the_tokens_of_one_document_are_those_of_the_reference_whatever_its_padding_sees(backend):
+    arrays = qkv(64, dtype=jnp.bfloat16)
+
+    def tokens(call, segments, arrays):
+        out = call(*arrays, segments=segments, causal=True)[:, :45].astype(jnp.float32)
+        return jnp.sum(jnp.square(out)), out
+
+    def results(call, segments):
+        (_, out), grads = jax.value_and_grad(functools.partial(tokens, call, segments), has_aux=True)(arrays)
+        return [out, *grads]
+
+    alone = segments((0, 45))
+    expected, found = results(reference, alone), results(functools.partial(attention, backend=backend), cover(alone, 64))
+    for ours, exact in zip(found, expected, strict=True):
+        assert bool(jnp.isfinite(ours).all())
+        ours, exact = (np.asarray(x, np.float64) for x in (ours, exact))
+        assert np.linalg.norm(ours - exact) <= front.KERNEL.tolerance["bfloat16"] * np.linalg.norm(exact)
 
 
 def test_one_document_a_row_needs_no_offsets():
@@ -325,7 +322,7 @@ def test_naming_cudnn_without_a_gpu_says_what_it_needs(monkeypatch):
 
 
 def test_an_unknown_backend_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no backend 'flash'; known are 'auto', 'cudnn', 'cudnn_mask', 'xla'"):
+    with pytest.raises(ValueError, match=r"no backend 'flash'; known are 'auto', 'cudnn', 'xla'"):
         attention(*qkv(16), segments=segments((0, 16)), causal=True, backend="flash")
 
 
@@ -333,9 +330,8 @@ def test_a_fallback_is_logged_once_with_its_reason(caplog):
     h200._kernel._log_fallback.cache_clear()
     with caplog.at_level("INFO", logger="pallas_kernels"):
         for _ in range(2):
-            attention(*qkv(64), segments=segments((0, 64)), causal=True)
-    refused = "needs bfloat16 or float16, got float32"
-    assert caplog.messages == [f"attention runs on 'xla'; cudnn{which}: {refused}" for which in ("", "_mask")]
+            attention(*qkv(16), segments=segments((0, 16)), causal=True)
+    assert caplog.messages == ["attention runs on 'xla'; cudnn: needs bfloat16 or float16, got float32"]
 
 
 def test_mismatched_arguments_are_named_together():
