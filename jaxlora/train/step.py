@@ -101,8 +101,6 @@ def _compiler_options(*, deterministic: bool) -> dict[str, bool] | None:
         "xla_gpu_enable_triton_gemm": False,
         # It runs a cuBLAS product whose result is used and saved twice, once for each: 15 % of a step with "dots".
         "xla_gpu_enable_dynamic_slice_fusion": False,
-        # What a scan keeps is copied while products run, not between them.
-        "xla_gpu_experimental_enable_selective_memcpy_overlap": True,
     }
 
 
