@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlora.nn.linear import Linear, project_activated, project_gated
-from jaxlora.nn.wanted import Wanted, hoisted, is_zero, values
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, values
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from pallas_kernels.lora_swiglu.activations import ACTIVATIONS, product
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.nn.wanted import Wanted, hoisted, is_zero, values
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, values
 from jaxlora.typing import Array
 
 type Block = Callable[..., Array]

@@ -35,12 +35,19 @@ class Scan:
     """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
     nothing but its input). With ``offload`` these inputs are in pinned host memory, and nothing else is kept; layers then return nothing of
     their own. ``unroll`` periods are compiled one after the other.
+
+    Raises:
+      ValueError: ``offload`` without ``checkpoint``, or with a policy or unrolling, which it would not follow.
     """
 
     checkpoint: bool = False
     remat: Remat = None
     offload: bool = False
     unroll: int = 1
+
+    def __post_init__(self) -> None:
+        if self.offload and (not self.checkpoint or self.remat is not None or self.unroll != 1):
+            raise ValueError(f"offload recomputes all of each block, one at a time: it needs checkpoint and nothing else, got {self}")
 
 
 @dataclasses.dataclass(frozen=True)

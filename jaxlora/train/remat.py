@@ -35,7 +35,7 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int = 1, **othe
         case True:
             return Execution(scan=Scan(checkpoint=True, remat=saved("lora_u"), unroll=unroll), **{"mlp_tile": MLP_TILE, **other})
         case "unsloth":
-            return Execution(scan=Scan(checkpoint=True, offload=True), **{"mlp_tile": MLP_TILE, **other})
+            return Execution(scan=Scan(checkpoint=True, offload=True, unroll=unroll), **{"mlp_tile": MLP_TILE, **other})
         case "dots":
             kept = saved("dot", "attn_out", "attn_lse", "lora_u")
             return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=unroll), **other)

@@ -138,6 +138,12 @@ def test_an_offloaded_stack_has_the_gradient_that_is_asked_for_and_no_other(wrt,
         np.testing.assert_allclose(ours, plain, atol=20 * REORDERED_FP32)
 
 
+@pytest.mark.parametrize("more", [{"checkpoint": False}, {"remat": jax.checkpoint_policies.nothing_saveable}, {"unroll": 2}])
+def test_offloading_takes_no_option_that_it_would_not_follow(more):
+    with pytest.raises(ValueError, match="it needs checkpoint and nothing else"):
+        Scan(**{"checkpoint": True, "offload": True, **more})
+
+
 def test_paths_are_those_of_the_layers_in_order():
     assert linear_paths(stack("ab" * 6)) == sorted((f"{i}.proj" for i in range(12)), key=lambda p: int(p.split(".")[0]))
 
