@@ -16,6 +16,7 @@ import jax
 from benchmarks import results, train_step
 from benchmarks.geometries import GEOMETRIES
 from jaxlora.train.auto import needed_gib
+from jaxlora.train.meters import GIB
 
 # Lengths are multiples of it.
 UNIT = 1024
@@ -63,7 +64,7 @@ def main() -> None:
     def needed_gb(length: int) -> float:
         options = ["--rank", args.rank, "--remat", args.remat, "--weights", args.weights, "--rows", "1", "--sequence", str(length)]
         lowered, _, _ = train_step.lower_abstract(GEOMETRIES[args.model], train_step.parser().parse_args([args.model, *options]))
-        needed = needed_gib(lowered.compile()) * 2**30 / train_step.GB
+        needed = needed_gib(lowered.compile()) * GIB / train_step.GB
         print(f"  {length:,} tokens: {needed:.2f} GB", flush=True)
         return needed
 

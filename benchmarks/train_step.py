@@ -26,6 +26,8 @@ from jaxlora.data.ladder import Shape
 from jaxlora.load import multiply_in_float8
 from jaxlora.models import registry
 from jaxlora.select import by_flags
+from jaxlora.train.auto import needed_gib
+from jaxlora.train.meters import GIB
 from jaxlora.train.optim import OptimConfig, optimizer
 from jaxlora.train.remat import execution
 from jaxlora.train.step import make_step
@@ -118,7 +120,6 @@ def run(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"the loss is not finite: {losses}; no speed is printed")
     step_s = statistics.median(seconds[args.warmups :])
     memory, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {"peak_bytes_in_use": 0}
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     if args.hlo:
         args.hlo.write_text(compiled.as_text())
     if args.trace:
@@ -128,7 +129,7 @@ def run(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         **settings(config, args), "step_ms": round(1e3 * step_s, 1), "tok_s": round(args.rows * args.sequence / step_s),
         "peak_gb": round(stats["peak_bytes_in_use"] / GB, 2), "temp_gb": round(memory.temp_size_in_bytes / GB, 2),
         "host_temp_gb": round(memory.host_temp_size_in_bytes / GB, 2), "compile_s": round(compile_s, 1),
-        "make_s": round(made - started, 1), "loss": losses[-1], "needed_gb": round(needed / GB, 2),
+        "make_s": round(made - started, 1), "loss": losses[-1], "needed_gb": round(needed_gib(compiled) * GIB / GB, 2),
         "resident_gb": round(resident / GB, 3), "arguments_gb": round(memory.argument_size_in_bytes / GB, 3),
         "first_step_s": round(compile_s + seconds[0], 1), "losses": losses,
     }  # fmt: skip
