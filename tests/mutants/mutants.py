@@ -10,6 +10,7 @@ import tempfile
 import time
 
 from kernels import KERNEL_MUTANTS
+from layers import LAYER_MUTANTS
 from record import Mutant
 from vision import VISION_MUTANTS
 
@@ -21,9 +22,7 @@ SECONDS = 600
 INIT = "tests/jaxlora/test_adapter_init.py"
 EXPORT = "tests/jaxlora/test_export.py"
 LINEAR = "tests/jaxlora/nn/test_linear.py"
-NORM = "tests/jaxlora/nn/test_norm.py"
 AUTO = "tests/jaxlora/train/test_auto.py"
-STACK = "tests/jaxlora/nn/test_stack.py"
 ROPE = "tests/jaxlora/nn/test_rope.py"
 PARITY = "tests/jaxlora/models/test_parity.py"
 PEFT = "tests/jaxlora/test_peft_parity.py"
@@ -155,25 +154,8 @@ MUTANTS = [
         "jaxlora/nn/attention.py", "visible = columns <= last", "visible = columns < last", "decoding does not see its own token", GENERATE
     ),
     # the step
-    Mutant("jaxlora/nn/norm.py", "jnp.mean(g * normed, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
     Mutant("jaxlora/nn/linear.py", "return pull(dx), ", "return pull(x), ", "an activation's gradient of its value", LINEAR),
     Mutant("jaxlora/weights/base.py", "beside(*dys, *u)", "beside(*u, *dys)", "columns swapped", FORMATS),
-    Mutant("jaxlora/nn/offload.py", "before = x", "before = before", "every block is recomputed from the first input", STACK),
-    Mutant(
-        "jaxlora/nn/offload.py",
-        "jnp.add, dconsts[p], added",
-        "lambda a, b: b, dconsts[p], added",
-        "what blocks share, by one of them",
-        STACK,
-    ),
-    Mutant("jaxlora/nn/offload.py", "if dstates is not None:", "if False:", "collected states have no gradient", STACK),
-    Mutant(
-        "jaxlora/nn/mlp.py",
-        "jnp.add, sums, few",
-        "lambda a, b: b, sums, few",
-        "an adapter's gradient by one tile",
-        "tests/jaxlora/nn/test_mlp.py",
-    ),
     Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", ATTENTION),
     Mutant("pallas_kernels/attention/spec.py", "length - end, 0", "length - end - 1, 0", "the last padding is left out", ATTENTION),
     Mutant("jaxlora/train/auto.py", "needed_gib <= limit_gib", "needed_gib >= limit_gib", "a policy that does not fit", AUTO),
@@ -290,7 +272,6 @@ MUTANTS = [
     Mutant("jaxlora/train/loop.py", "jnp.int32(state.step)", "jnp.int32(0)", "every step has number 0: dropout repeats", LOOP),
     Mutant("jaxlora/api/trainer.py", "total += float(_eval_loss(", "total += 2 * float(_eval_loss(", "evaluation counts twice", EVALUATION),
     # stacks, selection, export, decoding
-    Mutant("jaxlora/nn/stack.py", "jnp.concatenate(parts)[inverse]", "jnp.concatenate(parts)", "outputs of layers out of order", STACK),
     Mutant(
         "jaxlora/select.py",
         'return path == target or path.endswith("." + target)',
@@ -332,6 +313,7 @@ MUTANTS = [
     Mutant(
         "jaxlora/api/fast.py", 'refuse_unknown("get_peft_model"', '(lambda *_: None)("get_peft_model"', "unknown arguments vanish", ERRORS
     ),
+    *LAYER_MUTANTS,
     *KERNEL_MUTANTS,
     *VISION_MUTANTS,
 ]

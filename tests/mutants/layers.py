@@ -1,0 +1,28 @@
+"""Seeded bugs of layers: their norms, how they are stacked, recomputed, offloaded and cut into tiles."""
+
+from record import Mutant
+
+NORM = "tests/jaxlora/nn/test_norm.py"
+STACK = "tests/jaxlora/nn/test_stack.py"
+TILES = "tests/jaxlora/nn/test_mlp.py"
+
+LAYER_MUTANTS = [
+    Mutant("jaxlora/nn/norm.py", "jnp.mean(g * normed, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
+    Mutant("jaxlora/nn/offload.py", "before = x", "before = before", "every block is recomputed from the first input", STACK),
+    Mutant(
+        "jaxlora/nn/offload.py",
+        "jnp.add, dconsts[p], added",
+        "lambda a, b: b, dconsts[p], added",
+        "what blocks share, by one of them",
+        STACK,
+    ),
+    Mutant("jaxlora/nn/offload.py", "if dstates is not None:", "if False:", "collected states have no gradient", STACK),
+    Mutant(
+        "jaxlora/nn/mlp.py",
+        "jnp.add, sums, few",
+        "lambda a, b: b, sums, few",
+        "an adapter's gradient by one tile",
+        TILES,
+    ),
+    Mutant("jaxlora/nn/stack.py", "jnp.concatenate(parts)[inverse]", "jnp.concatenate(parts)", "outputs of layers out of order", STACK),
+]
