@@ -38,7 +38,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> Float[Array, ""]:
     """The f32 sum over tokens of -log softmax(cap(logit_scale * (hidden W^T + scale * (hidden a^T) b^T)))[label]; the caller divides.
 
