@@ -3,6 +3,8 @@
 A checkpoint policy that offloads fetches a block's input when its turn comes in the backward, and the device waits for it: 6 % of a step at
 8B. Here the backward is written out, so that the input of the block before is on its way while a block runs. Each block saves the input of
 the block before it, so that in both directions a step of the scan moves the slice that is its own: XLA copies only such by DMA.
+
+In long rows attention is what costs most to recompute: there its output and log-sum-exp travel with the inputs.
 """
 
 import functools
@@ -17,8 +19,12 @@ from jaxlora.typing import Array
 
 type Block = Callable[..., Array]
 
-# While a block runs backwards its elementwise work is done twice, so that a norm's output does not wait through the widest part of the MLP.
+# While a block runs backwards its elementwise work is done twice, so that a norm's output does not wait through the widest part of the MLP
+# (in long rows the MLP goes by tiles, and is narrow).
 _KEPT = jax.checkpoint_policies.save_only_these_names("dot", "attn_out", "attn_lse")
+_SAVED = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+# Tokens in a row from which recomputing attention costs more than a twentieth of a step, and its output no more memory than it has to give.
+_LONG = 8192
 
 
 def scan_offloaded(
@@ -38,61 +44,90 @@ def scan_offloaded(
     return _scan(tuple(converted), x, tuple(xs), slots, states, tuple(consts))
 
 
-def _forward(blocks: Sequence[Block], x: Array, xs: Any, slots: Any, states: Any, consts: Any, *, save: bool) -> tuple[Any, Any]:
-    """((x, states), (the last block's input, for each block the inputs of the blocks before it, in host memory))."""
+def _linearise(
+    block: Block, x: Array, own: Any, const: Any, wanted: tuple[Wanted, Wanted]
+) -> tuple[Array, list[Array], Callable[[Array, Sequence[Array]], Any]]:
+    """(block(x), what to save of it beside x, ``pull(dy, saved)``: the gradients by x and by what is wanted of ``own`` and ``const``)."""
+    mine, theirs = wanted
 
-    def body(carry: Any, each: Any) -> tuple[Any, list[Array]]:
-        (x, before, states), saved = carry, []
-        for block, const, (own, slot) in zip(blocks, consts, each, strict=True):
+    def call(x: Array, few: Any, held: Any) -> Array:
+        return block(x, *mine.put(few, own), *theirs.put(held, const))
+
+    long = x.shape[-2] >= _LONG
+    # A barrier around the weights too would have each layer's codes copied out of the stack.
+    how = {"policy": _SAVED, "prevent_cse": False} if long else {"policy": _KEPT, "prevent_cse": (True, True, False)}
+    out, pull = jax.vjp(jax.checkpoint(call, **how), x, mine.of_these(own), theirs.of_these(const))
+    leaves, treedef = jax.tree.flatten(pull)
+    given = {id(leaf) for leaf in jax.tree.leaves((x, own, const))}
+    places = [i for i, leaf in enumerate(leaves) if id(leaf) not in given] if long else []
+
+    def resume(dy: Array, saved: Sequence[Array]) -> Any:
+        filled = dict(enumerate(leaves)) | dict(zip(places, saved, strict=True))
+        return treedef.unflatten([filled[i] for i in range(len(leaves))])(dy)
+
+    return out, [leaves[i] for i in places], resume
+
+
+def _forward(blocks: Sequence[Block], x: Array, xs: Any, slots: Any, states: Any, consts: Any, wanted: Any = None) -> tuple[Any, Any]:
+    """((x, states), (what the last block saves, for each block what the blocks before it save, in host memory)).
+
+    A block saves its input and, in long rows, what `_linearise` says; without ``wanted`` nothing.
+    """
+
+    def run(p: int, x: Array, own: Any) -> tuple[Array, list[Array]]:
+        if wanted is None or x.shape[-2] < _LONG:
+            return blocks[p](x, *own, *consts[p]), []
+        return _linearise(blocks[p], x, own, consts[p], (wanted[0][p], wanted[1][p]))[:2]
+
+    def body(carry: Any, each: Any) -> tuple[Any, list[Any]]:
+        (x, before, states), sent = carry, []
+        for p, (own, slot) in enumerate(each):
             states = states if slot is None else states.at[slot].set(x, mode="drop")
-            if save:
-                saved.append(jax.device_put(before, jax.memory.Space.Host))
-                before = x
-            x = block(x, *own, *const)
-        return (x, before, states), saved
+            if wanted is not None:
+                sent.append(jax.device_put(before, jax.memory.Space.Host))
+            here, (x, saved) = x, run(p, x, own)
+            before = None if wanted is None else [here, *saved]
+        return (x, before, states), sent
 
-    start = x, x if save else None, states
-    (x, before, states), saved = jax.lax.scan(body, start, list(zip(xs, slots, strict=True)))
-    return (x, states), (before, saved)
+    last = len(blocks) - 1
+    saved = jax.eval_shape(lambda x, own: run(last, x, own)[1], x, jax.tree.map(lambda a: a[0], xs[last]))
+    nothing = None if wanted is None else [x, *(jnp.zeros(a.shape, a.dtype) for a in saved)]
+    (x, before, states), sent = jax.lax.scan(body, (x, nothing, states), list(zip(xs, slots, strict=True)))
+    return (x, states), (before, sent)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(blocks: tuple[Block, ...], x: Array, xs: Any, slots: Any, states: Any, consts: Any) -> tuple[Array, Any]:
-    return _forward(blocks, x, xs, slots, states, consts, save=False)[0]
+    return _forward(blocks, x, xs, slots, states, consts)[0]
 
 
 def _scan_fwd(blocks: tuple[Block, ...], x: Any, xs: Any, slots: Any, states: Any, consts: Any) -> tuple[Any, Any]:
     wanted = tuple(map(Wanted.of, xs)), tuple(map(Wanted.of, consts))
     x, xs, slots, states, consts = values((x, xs, slots, states, consts))
-    out, inputs = _forward(blocks, x, xs, slots, states, consts, save=True)
-    return out, (*inputs, xs, slots, consts, wanted)
+    out, saved = _forward(blocks, x, xs, slots, states, consts, wanted)
+    return out, (*saved, xs, slots, consts, wanted)
 
 
 def _scan_bwd(blocks: tuple[Block, ...], residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    last, saved, xs, slots, consts, (wanted_xs, wanted_consts) = residuals
+    last, sent, xs, slots, consts, (wanted_xs, wanted_consts) = residuals
     dx, dstates = cotangents
     dx = jnp.zeros(dx.shape, dx.dtype) if is_zero(dx) else dx
     dstates = None if dstates is None or is_zero(dstates) else dstates
 
     def body(carry: Any, each: Any) -> tuple[Any, list[Any]]:
-        (dx, x, dconsts), (waiting, own, slot) = carry, each
+        (dx, before, dconsts), (waiting, own, slot) = carry, each
         dconsts, dxs = list(dconsts), [None] * len(blocks)
         for p in reversed(range(len(blocks))):
-            here, x = x, jax.device_put(waiting[p], jax.memory.Space.Device)
-            mine, const = wanted_xs[p], wanted_consts[p]
-
-            def block(x: Array, few: Any, held: Any, p: int = p, mine: Wanted = mine, const: Wanted = const) -> Array:
-                return blocks[p](x, *mine.put(few, own[p]), *const.put(held, consts[p]))
-
-            _, pull = jax.vjp(jax.checkpoint(block, policy=_KEPT), here, mine.of_these(own[p]), const.of_these(consts[p]))
-            dx, dxs[p], added = pull(dx)
+            (here, *kept), before = before, jax.device_put(waiting[p], jax.memory.Space.Device)
+            pull = _linearise(blocks[p], here, own[p], consts[p], (wanted_xs[p], wanted_consts[p]))[2]
+            dx, dxs[p], added = pull(dx, kept)
             dconsts[p] = jax.tree.map(jnp.add, dconsts[p], added)
             if dstates is not None:
                 dx = dx + dstates.at[slot[p]].get(mode="fill", fill_value=0)
-        return (dx, x, dconsts), dxs
+        return (dx, before, dconsts), dxs
 
     nothing = [jax.tree.map(jnp.zeros_like, w.of_these(c)) for w, c in zip(wanted_consts, consts, strict=True)]
-    (dx, _, dconsts), dxs = jax.lax.scan(body, (dx, last, nothing), (saved, xs, slots), reverse=True)
+    (dx, _, dconsts), dxs = jax.lax.scan(body, (dx, last, nothing), (sent, xs, slots), reverse=True)
     return (
         dx,
         tuple(w.gradient(d, own) for w, d, own in zip(wanted_xs, dxs, xs, strict=True)),

@@ -12,6 +12,7 @@ from jaxlora.data.batches import make_batch
 from jaxlora.data.ladder import Shape
 from jaxlora.load import LoadConfig, load
 from jaxlora.models import registry
+from jaxlora.nn import offload
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import flatten, linear_paths
 from jaxlora.select import by_pattern
@@ -94,6 +95,13 @@ def test_remat_changes_neither_loss_nor_gradient(policy, options):
     (loss, gradient), (expected_loss, expected) = gradient_under(policy, **options), gradient_under(False)
     assert abs(float(loss / expected_loss) - 1) <= REORDERED_FP32
     assert distance(gradient, expected) <= REORDERED_FP32
+    assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
+
+
+def test_attention_that_is_kept_in_host_memory_changes_neither_loss_nor_gradient(monkeypatch):
+    monkeypatch.setattr(offload, "_LONG", 1)
+    (loss, gradient), (expected_loss, expected) = gradient_under.__wrapped__("unsloth"), gradient_under(False)
+    assert abs(float(loss / expected_loss) - 1) <= REORDERED_FP32
     assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
 
 

@@ -1,0 +1,78 @@
+"""In long rows attention's output is kept in host memory, and attention is not computed again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlora.nn import offload
+from tests.tolerances import REORDERED_FP32
+
+ROWS, WIDTH = 4, 3
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def root(z, name):
+    """A cube root, whose gradient needs nothing but the root itself, as attention's needs its output."""
+    return jnp.cbrt(z)
+
+
+def root_forward(z, name):
+    y = checkpoint_name(jnp.cbrt(z), name)
+    return y, y
+
+
+root.defvjp(root_forward, lambda name, y, dy: (dy / (3 * y * y),))
+
+
+def block(x, w):
+    return x + root(x * w, "attn_out"), None
+
+
+def taller(x, w):
+    """Keeps something of another shape than x."""
+    return x + w * root(jnp.stack([x, x + 1]), "attn_lse").sum(0), None
+
+
+def plain(x, w):
+    return x + jnp.sin(x * w), None
+
+
+def drawn(*shape):
+    return jnp.asarray(np.random.default_rng(0).uniform(1, 2, shape).astype(np.float32))
+
+
+def gradient(blocks, periods=3):
+    """(the compiled gradient by x and the blocks' weights, its arguments)."""
+    x, weights = drawn(ROWS, WIDTH), [(drawn(periods, ROWS, WIDTH) + i,) for i in range(len(blocks))]
+
+    def loss(x, weights):
+        return jnp.sum(jnp.sin(offload.scan_offloaded(blocks, x, weights, [None] * len(blocks), None)[0]))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, weights).compile(), (x, weights)
+
+
+@pytest.mark.parametrize(("long", "roots"), [(ROWS, 1), (ROWS + 1, 2)], ids=["long rows", "short rows"])
+def test_attention_is_computed_again_in_short_rows_alone(monkeypatch, long, roots):
+    monkeypatch.setattr(offload, "_LONG", long)
+    program, _ = gradient([block])
+    assert program.as_text().count(" cbrt(") == roots
+
+
+@pytest.mark.parametrize("blocks", [[block], [block, plain], [plain, taller, block]], ids=["alike", "some keep nothing", "three shapes"])
+def test_what_is_kept_changes_no_gradient(monkeypatch, blocks):
+    monkeypatch.setattr(offload, "_LONG", ROWS)
+    program, (x, weights) = gradient(blocks)
+
+    def one_after_the_other(x, weights):
+        for i in range(3):
+            for layer, (w,) in zip(blocks, weights, strict=True):
+                x, _ = layer(x, w[i])
+        return jnp.sum(jnp.sin(x))
+
+    expected = jax.grad(one_after_the_other, argnums=(0, 1))(x, weights)
+    for ours, theirs in zip(jax.tree.leaves(program(x, weights)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=20 * REORDERED_FP32, atol=20 * REORDERED_FP32)
