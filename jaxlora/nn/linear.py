@@ -10,7 +10,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from jaxlora.weights.base import AbstractWeight, abstract, contract_last, input_gradient, outer
+from jaxlora.weights.base import (
+    AbstractWeight,
+    abstract,
+    add_beside,
+    contract_last,
+    goes_beside,
+    gradient_beside,
+    input_gradient,
+    outer,
+)
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.lora_swiglu import KERNEL as GATED
@@ -172,16 +181,20 @@ def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple
 
 
 def _columns(loras: Loras, us: dict[int, Array], dtype: Any) -> tuple[Array, list[Array | None]]:
-    """All adapters' columns u [N, R], and each Linear's s·B [O, R], zero at the others' columns; None where there is no adapter."""
-    columns = jnp.concatenate([us[i] for i in sorted(us)], axis=1)
-    bs, at = [], 0
+    """All adapters' columns u [N, R], and each Linear's `_padded_b`."""
+    return jnp.concatenate([us[i] for i in sorted(us)], axis=1), _padded_b(loras, dtype)
+
+
+def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
+    """Each Linear's s·B [O, R], zero at the others' columns; None where there is no adapter."""
+    bs, at, columns = [], 0, sum(lora.rank for lora in loras if lora is not None)
     for lora in loras:
         if lora is None:
             bs.append(None)
             continue
-        bs.append(jnp.pad(_scaled(lora, dtype), ((0, 0), (at, columns.shape[1] - at - lora.rank))))
+        bs.append(jnp.pad(_scaled(lora, dtype), ((0, 0), (at, columns - at - lora.rank))))
         at += lora.rank
-    return columns, bs
+    return bs
 
 
 def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
@@ -189,11 +202,17 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     inputs, weights, loras, keys, us = residuals
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
-    dus = {i: dys[i] @ _scaled(lora, dys[i].dtype) for i, lora in pairs.items()}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    # The undropped A of the group enter dx, and are differentiated, as one product.
-    du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
-    dx = input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, x.dtype)))
+    bs = [b for b in _padded_b(loras, dys[0].dtype) if b is not None]
+    if len(plain) == len(weights) and goes_beside(dys, weights, bs[0]):
+        both = gradient_beside(dys, weights, bs)
+        dus, du = {}, both[:, x.shape[1] :]
+        dx = add_beside(both, du, _stacked_a(plain, x.dtype).T)
+    else:
+        dus = {i: dys[i] @ _scaled(lora, dys[i].dtype) for i, lora in pairs.items()}
+        # The undropped A of the group enter dx, and are differentiated, as one product.
+        du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
+        dx = input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, x.dtype)))
     das = {} if du is None else dict(zip(plain, _split(outer(du, x), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)

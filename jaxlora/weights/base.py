@@ -1,6 +1,7 @@
 """What every storage format of a Linear's weight can do."""
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from jaxlora.typing import Array, Float, UInt32
 from pallas_kernels.packed import Weight, pair_columns, unpair
 
 type LowRank = tuple[Array, Array]
+
+# Columns by which a product of thousands may grow for nothing: the last tile of 128 is hardly used.
+_FEW = 64
 
 
 class AbstractWeight(abc.ABC):
@@ -70,13 +74,13 @@ class AbstractWeight(abc.ABC):
         if update is None:
             return contract_last(x, self.dequantise().astype(x.dtype))
         u, b = update
-        if self.shape[0] >= self.shape[1] and one_product(x, u):
+        if self.shape[0] >= self.shape[1] and one_product(x.shape[1], u.shape[1]):
             return contract_last(beside(x, u), stacked((self,), x.dtype, right=b))
         return contract_last(x, self.dequantise().astype(x.dtype)) + contract_last(u, b)
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W, plus u @ a where an update (u [N, R], a [R, I]) is given; in dy's dtype. This is the input's gradient."""
-        if update is not None and self.shape[1] >= self.shape[0] and one_product(dy, update[0]):
+        if update is not None and self.shape[1] >= self.shape[0] and one_product(dy.shape[1], update[0].shape[1]):
             return contract_first(beside(dy, update[0]), stacked((self,), dy.dtype, below=update[1]))
         dx = contract_first(dy, stacked((self,), dy.dtype))
         return dx if update is None else dx + contract_first(*update)
@@ -98,7 +102,12 @@ def input_gradient(
     joined = weights[0].above(weights[1:]) if together and not decoded and len(weights) > 1 else None
     if joined is not None:
         return joined.matmul_t(beside(*dys), update)
-    if together and decoded and len(weights) > 1 and all(one_product(dy, dy if update is None else update[0]) for dy in dys):
+    if (
+        together
+        and decoded
+        and len(weights) > 1
+        and all(one_product(dy.shape[1], 0 if update is None else update[0].shape[1]) for dy in dys)
+    ):
         u, a = ([], None) if update is None else ([update[0]], update[1])
         return contract_first(beside(*dys, *u), stacked(weights, dys[0].dtype, below=a))
     dx = weights[0].matmul_t(dys[0], update)
@@ -106,6 +115,29 @@ def input_gradient(
         # In this order XLA has the second product add to the first in place.
         dx = w.matmul_t(dy) + dx
     return dx
+
+
+def gradient_beside(
+    dys: Sequence[Float[Array, "N _"]], weights: Sequence[AbstractWeight], columns: Sequence[Float[Array, "_ R"]]
+) -> Float[Array, "N C"]:
+    """[Σ dy_i @ W_i, Σ dy_i @ b_i] [N, I + R] for columns b_i [O_i, R]: one product for each wide dy, which is read once.
+
+    [W_i, b_i] is what ``matmul`` decodes for an update, so that a block that is recomputed beside its backward decodes it once.
+    """
+    parts = [contract_first(dy, stacked((w,), dy.dtype, right=b)) for dy, w, b in zip(dys, weights, columns, strict=True)]
+    # In this order XLA has each product add to those before it in place.
+    return functools.reduce(lambda total, part: part + total, parts)
+
+
+def add_beside(both: Float[Array, "N C"], u: Float[Array, "N R"], b: Float[Array, "O R"]) -> Float[Array, "N O"]:
+    """The first O columns, plus u @ bᵀ. The sum is as wide as ``both``, so that it is made in place."""
+    return (contract_last(u, jnp.pad(b, ((0, both.shape[1] - b.shape[0]), (0, 0)))) + both)[:, : b.shape[0]]
+
+
+def goes_beside(dys: Sequence[Float[Array, "N _"]], weights: Sequence[AbstractWeight], columns: Float[Array, "_ R"]) -> bool:
+    """Whether R more columns of the products dy_i @ W_i cost less than reading dys once more that are much wider than the input."""
+    wide, few = sum(w.shape[0] for w in weights) > 2 * weights[0].shape[1], columns.shape[1] <= _FEW
+    return wide and few and all(w.decoded and one_product(dy.shape[1], columns.shape[1]) for dy, w in zip(dys, weights, strict=True))
 
 
 def stacked(
@@ -148,12 +180,13 @@ def outer(dy: Float[Array, "N O"], x: Float[Array, "N I"]) -> Float[Array, "O I"
     return jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def one_product(x: Float[Array, "N I"], u: Float[Array, "N R"]) -> bool:
-    """Whether x and u are contracted together: on a GPU, copying a narrow x costs less than writing and reading a wide update.
+def one_product(width: int, columns: int) -> bool:
+    """Whether so many more columns join an array of that width: on a GPU, copying a narrow x costs less than writing and reading a wide
+    update.
 
     Not on a CPU, where it only changes the order of the sum, nor at ranks that leave no aligned rows.
     """
-    return jax.default_backend() == "gpu" and u.shape[1] % 16 == 0 and x.shape[1] % 16 == 0
+    return jax.default_backend() == "gpu" and columns % 16 == 0 and width % 16 == 0
 
 
 def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

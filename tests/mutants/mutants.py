@@ -60,8 +60,8 @@ MUTANTS = [
     Mutant("jaxlora/nn/linear.py", "(lora.scale * outer(dy, u))", "outer(dy, u)", "the scale is missing from dB", LINEAR),
     Mutant(
         "jaxlora/nn/linear.py",
-        "((0, 0), (at, columns.shape[1] - at - lora.rank))",
-        "((0, 0), (columns.shape[1] - at - lora.rank, at))",
+        "((0, 0), (at, columns - at - lora.rank))",
+        "((0, 0), (columns - at - lora.rank, at))",
         "a group's B meets another Linear's u",
         LINEAR,
     ),
@@ -155,6 +155,7 @@ MUTANTS = [
     ),
     # the step
     Mutant("jaxlora/nn/linear.py", "return pull(dx), ", "return pull(x), ", "an activation's gradient of its value", LINEAR),
+    Mutant("jaxlora/weights/base.py", "part + total, parts", "total, parts", "the gradient by the first of a group alone", LINEAR),
     Mutant("jaxlora/weights/base.py", "beside(*dys, *u)", "beside(*u, *dys)", "columns swapped", FORMATS),
     Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", ATTENTION),
     Mutant("pallas_kernels/attention/spec.py", "length - end, 0", "length - end - 1, 0", "the last padding is left out", ATTENTION),

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxlora.nn import linear as linear_module
 from jaxlora.nn.linear import Linear, project, project_activated
 from jaxlora.nn.mlp import PRODUCTS
+from jaxlora.weights import base
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
@@ -89,6 +91,18 @@ def test_gradients_of_adapters_and_input_are_the_formulas_over_packed_weights(we
         if rank:
             assert_close({k: ours[i][k] for k in ("lora_A", "lora_B")}, {k: theirs[i][k] for k in ("lora_A", "lora_B")})
     assert_close(dx, dx_theirs)
+
+
+@pytest.mark.parametrize(("width", "beside"), [(12, True), (WIDTH, False)], ids=["wide outputs", "others"])
+def test_gradients_are_the_formulas_where_du_is_part_of_a_wide_product(monkeypatch, width, beside):
+    """What GPUs run; outputs of 44 in all."""
+    found = []
+    monkeypatch.setattr(base, "one_product", lambda width, columns: True)
+    monkeypatch.setattr(linear_module, "gradient_beside", lambda *args: found.append(1) or base.gradient_beside(*args))
+    ranks = (4, 2, 3) if beside else RANKS
+    linears, x = [make(i, rank=rank, width=width) for i, rank in enumerate(ranks)], normal(0, 5, width)
+    assert_close(gradients(project, linears, x), gradients(formula, linears, x))
+    assert bool(found) == beside
 
 
 def test_leading_axes_are_kept():

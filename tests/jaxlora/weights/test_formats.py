@@ -116,7 +116,7 @@ class TestOneProduct:
 
     @pytest.fixture(autouse=True)
     def on_a_gpu(self, monkeypatch):
-        monkeypatch.setattr(base, "one_product", lambda x, u: True)
+        monkeypatch.setattr(base, "one_product", lambda width, columns: True)
 
     def draw(self, seed, *shape):
         return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
