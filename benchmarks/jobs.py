@@ -78,7 +78,8 @@ JOBS: Mapping[str, Job] = {
     ),
     "8b-long": Job(
         model="llama-3.1-8b",
-        ours="--remat unsloth",
+        # The memory allows for MLPs in one piece.
+        ours="--remat unsloth --execution mlp_tile=32768",
         limit_gb=15.3,
         rows=1,
         sequence=32768,
