@@ -252,7 +252,7 @@ class SFTTrainer:
             self._events.notify(event, control, **more)
 
         return loop.Callbacks(
-            rate=lambda step: None if rate is None else float(jnp.asarray(rate(step))),
+            rate=lambda step: None if rate is None else _on_host(rate, step),
             epoch=batches.epoch,
             save=save,
             notify=notify if self._events.wanted else None,
@@ -347,6 +347,16 @@ def _checked_optimizers(tx: Any, rate: Any, args: SFTConfig) -> tuple[optax.Grad
     if tx is not None and args.embedding_learning_rate is not None:
         raise ValueError("embedding_learning_rate is of the built-in optimizer: with optimizers=, use optax.partition")
     return tx, rate
+
+
+def _on_host(rate: optax.Schedule, step: int) -> float:
+    """A schedule's value, which on the training's device would wait for the step that runs there, and the next step for it."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        host = None
+    with jax.default_device(host):
+        return float(jnp.asarray(rate(step)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -195,6 +195,16 @@ class TestOptimizers:
         trainer.train()
         assert [entry["learning_rate"] for entry in trainer.state.log_history] == [0.5, 0.25]
 
+    def test_its_schedule_is_read_without_waiting_for_the_device_that_trains(self, make):
+        where = []
+
+        def rate(step):
+            where.append(jax.config.jax_default_device)
+            return 0.5
+
+        make(optimizers=(optax.sgd(0.5), rate), max_steps=2).train()
+        assert {device.platform for device in where} == {"cpu"}
+
     @pytest.mark.parametrize(
         ("arguments", "kind", "message"),
         [
