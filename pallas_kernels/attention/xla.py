@@ -29,6 +29,8 @@ _TILE_ELEMENTS = 2**24
 
 # A loop counts with an int under `jax.disable_jit`.
 type Index = Int[Array, ""] | int
+type State = tuple[Array, Array, Array]
+type Seen = tuple[Int[Array, "*n B q"], Int[Array, "*n B q"]]
 
 
 def refuses(
@@ -44,34 +46,22 @@ def attention_forward(
 ) -> tuple[Float[Array, "B S H C"], Float[Array, "B H S"]]:
     """The output in q's dtype, and the f32 log-sum-exp (0 where a query sees nothing and there is no sink)."""
     queries, keys = _blocks(q, k)
-    lo, hi = (queries.pad(x, axis=1) for x in key_ranges(spec, segments, q.shape[1], reach))
-    first, last = _block_ranges(_joined(queries, keys, lo, hi))
-    qh, kh, vh = _query_heads(queries, q, k.shape[2]), _key_heads(keys, k), _key_heads(keys, v)
-    shape = (*qh.shape[:3], queries.block)
+    qs, ks, vs = _query_heads(queries, q, k.shape[2]), _heads(keys, k), _heads(keys, v)
+    seen, visits = _visits(spec, q.shape[1], queries, keys, segments, reach)
 
-    def query_block(i: Index) -> tuple[Array, Array]:
-        qi, lo_i, hi_i = queries.take(qh, i, 3), queries.take(lo, i, 1), queries.take(hi, i, 1)
+    def query_block(_: None, block: tuple[Array, Seen, tuple[Array, Array]]) -> tuple[None, tuple[Array, Array]]:
+        qi, seen_i, (first, last) = block
 
-        def key_block(j: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            m, total, acc = state
-            vj = keys.take(vh, j, 2)
-            logits, visible, _ = _logits(spec, qi, keys.take(kh, j, 2), _visible(keys, lo_i, hi_i, j))
-            m_new = jnp.maximum(m, jnp.max(jnp.where(visible, logits, _MASKED), axis=-1))
-            p = jnp.where(visible, jnp.exp(logits - m_new[..., None]), 0.0)
-            rescale = jnp.exp(m - m_new)
-            pv = jnp.einsum("bkgqt,bktc->bkgqc", p.astype(vj.dtype), vj, preferred_element_type=jnp.float32)
-            return m_new, total * rescale + jnp.sum(p, axis=-1), acc * rescale[..., None] + pv
+        def key_block(j: Index, state: State) -> State:
+            return _add_keys(_within(spec), qi, keys.at(ks, j), keys.at(vs, j), seen_i, j * keys.size, state)
 
-        m, total = _initial(sinks, shape)
-        m, total, acc = keys.loop(first[i], last[i], key_block, (m, total, jnp.zeros((*shape, q.shape[3]), jnp.float32)))
+        m, total, acc = keys.loop(first, last, key_block, (*_initial(sinks, qi.shape[:4]), jnp.zeros(qi.shape, jnp.float32)))
         alive = total > 0
         total = jnp.where(alive, total, 1.0)
-        return (acc / total[..., None]).astype(q.dtype), jnp.where(alive, m + jnp.log(total), 0.0)
+        return None, ((acc / total[..., None]).astype(q.dtype), jnp.where(alive, m + jnp.log(total), 0.0))
 
-    out, lse = queries.map(query_block)
-    out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]]
-    lse = jnp.moveaxis(lse, 0, 3).reshape(q.shape[0], q.shape[2], -1)[:, :, : q.shape[1]]
-    return out, lse
+    _, (out, lse) = queries.scan(query_block, None, (qs, seen, _ranges(visits)))
+    return _without_blocks(out, q), jnp.moveaxis(lse, 0, 3).reshape(q.shape[0], q.shape[2], -1)[:, :, : q.shape[1]]
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -97,41 +87,82 @@ def attention_backward(
     if sinks is not None:
         weight = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse)
         dsinks = -jnp.einsum("bhs,bsh->h", weight, delta).astype(sinks.dtype)
-    lo, hi = (queries.pad(x, axis=1) for x in key_ranges(spec, segments, q.shape[1], reach))
-    first, last = _block_ranges(_joined(queries, keys, lo, hi).T)
-    qh, douth, kh, vh = *(_query_heads(queries, x, heads) for x in (q, dout)), *(_key_heads(keys, x) for x in (k, v))
-    lse = queries.pad(lse, axis=2).reshape(qh.shape[:4])
-    delta = _query_heads(queries, delta[..., None], heads)[..., 0]
+    seen, visits = _visits(spec, q.shape[1], queries, keys, segments, reach)
+    lse, delta = (_query_heads(queries, x[..., None], heads)[..., 0] for x in (jnp.moveaxis(lse, 2, 1), delta))
+    rows = _query_heads(queries, q, heads), _query_heads(queries, dout, heads), lse, delta, seen
 
-    def key_block(dq: Array, j: Index) -> tuple[Array, tuple[Array, Array]]:
-        kj, vj = keys.take(kh, j, 2), keys.take(vh, j, 2)
+    def key_block(dq: Array, block: tuple[Index, Array, Array, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
+        j, kj, vj, (first, last) = block
 
-        def query_block(i: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def query_block(i: Index, state: State) -> State:
             dq, dk, dv = state
-            qi, dout_i = queries.take(qh, i, 3), queries.take(douth, i, 3)
-            lse_i, delta_i = queries.take(lse, i, 3), queries.take(delta, i, 3)
-            logits, visible, slope = _logits(spec, qi, kj, _visible(keys, queries.take(lo, i, 1), queries.take(hi, i, 1), j))
-            p = jnp.where(visible, jnp.exp(logits - lse_i[..., None]), 0.0)
-            dp = jnp.einsum("bkgqc,bktc->bkgqt", dout_i, vj, preferred_element_type=jnp.float32)
-            ds = (p * (dp - delta_i[..., None]) * slope).astype(qi.dtype)
-            dv += jnp.einsum("bkgqt,bkgqc->bktc", p.astype(dout_i.dtype), dout_i, preferred_element_type=jnp.float32)
-            dk += jnp.einsum("bkgqt,bkgqc->bktc", ds, qi, preferred_element_type=jnp.float32)
-            return queries.add(dq, i, jnp.einsum("bkgqt,bktc->bkgqc", ds, kj, preferred_element_type=jnp.float32)), dk, dv
+            dq_i, dk_i, dv_i = _pair_gradient(_within(spec), *queries.at(rows, i), kj, vj, j * keys.size)
+            return queries.add(dq, i, dq_i), dk + dk_i, dv + dv_i
 
         zero = jnp.zeros(kj.shape, jnp.float32)
-        dq, dk, dv = queries.loop(first[j], last[j], query_block, (dq, zero, zero))
+        dq, dk, dv = queries.loop(first, last, query_block, (dq, zero, zero))
         return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
-    dq, (dk, dv) = keys.scan(key_block, jnp.zeros(qh.shape, jnp.float32))
-    dq = jnp.moveaxis(dq, 3, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]].astype(q.dtype)
-    dk, dv = (jnp.moveaxis(x, (0, 3), (1, 2)).reshape(k.shape[0], -1, *k.shape[2:])[:, : k.shape[1]] for x in (dk, dv))
-    return dq, dk, dv, dsinks
+    blocks = jnp.arange(keys.count, dtype=jnp.int32), _heads(keys, k), _heads(keys, v), _ranges(visits.T)
+    dq, (dk, dv) = keys.scan(key_block, jnp.zeros(rows[0].shape, jnp.float32), blocks)
+    return _without_blocks(dq, q).astype(q.dtype), _without_blocks(dk, k), _without_blocks(dv, v), dsinks
+
+
+def _within(spec: Spec) -> Spec:
+    """The options that matter once each query's keys are known. Calls that differ in the others alone, as self- and cross-attention do,
+    share what a pair of blocks is computed by."""
+    return dataclasses.replace(spec, causal=False, window=None)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _add_keys(
+    spec: Spec,
+    q: Float[Array, "B K G q C"],
+    k: Float[Array, "B K t C"],
+    v: Float[Array, "B K t C"],
+    seen: Seen,
+    start: Index,
+    state: State,
+) -> State:
+    """The running maximum, sum and output of a block of queries after a block of keys, the first of which is key ``start``."""
+    m, total, acc = state
+    logits, visible, _ = _logits(spec, q, k, seen, start)
+    m_new = jnp.maximum(m, jnp.max(jnp.where(visible, logits, _MASKED), axis=-1))
+    p = jnp.where(visible, jnp.exp(logits - m_new[..., None]), 0.0)
+    rescale = jnp.exp(m - m_new)
+    pv = jnp.einsum("bkgqt,bktc->bkgqc", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return m_new, total * rescale + jnp.sum(p, axis=-1), acc * rescale[..., None] + pv
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _pair_gradient(
+    spec: Spec,
+    q: Float[Array, "B K G q C"],
+    dout: Float[Array, "B K G q C"],
+    lse: Float[Array, "B K G q"],
+    delta: Float[Array, "B K G q"],
+    seen: Seen,
+    k: Float[Array, "B K t C"],
+    v: Float[Array, "B K t C"],
+    start: Index,
+) -> tuple[Float[Array, "B K G q C"], Float[Array, "B K t C"], Float[Array, "B K t C"]]:
+    """What a block of queries and a block of keys, the first of which is key ``start``, add to dq, dk and dv."""
+    logits, visible, slope = _logits(spec, q, k, seen, start)
+    p = jnp.where(visible, jnp.exp(logits - lse[..., None]), 0.0)
+    dp = jnp.einsum("bkgqc,bktc->bkgqt", dout, v, preferred_element_type=jnp.float32)
+    ds = (p * (dp - delta[..., None]) * slope).astype(q.dtype)
+    dv = jnp.einsum("bkgqt,bkgqc->bktc", p.astype(dout.dtype), dout, preferred_element_type=jnp.float32)
+    dk = jnp.einsum("bkgqt,bkgqc->bktc", ds, q, preferred_element_type=jnp.float32)
+    return jnp.einsum("bkgqt,bktc->bkgqc", ds, k, preferred_element_type=jnp.float32), dk, dv
 
 
 def _logits(
-    spec: Spec, q: Float[Array, "B K G q C"], k: Float[Array, "B K t C"], visible: Bool[Array, "B 1 1 q t"]
+    spec: Spec, q: Float[Array, "B K G q C"], k: Float[Array, "B K t C"], seen: Seen, start: Index
 ) -> tuple[Float[Array, "B K G q t"], Bool[Array, "B 1 1 q t"], Float[Array, "B K G q t"] | float]:
     """The capped logits, which of them count, and their derivative by q k^T."""
+    key = (start + jnp.arange(k.shape[2], dtype=jnp.int32))[None, None, None, None, :]
+    lo, hi = (bound[:, None, None, :, None] for bound in seen)
+    visible = (key >= lo) & (key < hi)
     logits = jnp.einsum("bkgqc,bktc->bkgqt", q, k, preferred_element_type=jnp.float32) * spec.scale
     if spec.softcap is None:
         return logits, visible, spec.scale
@@ -147,42 +178,38 @@ def _initial(sinks: Float[Array, " H"] | None, shape: tuple[int, ...]) -> tuple[
     return jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
 
 
-def _block_ranges(joined: Bool[Array, "n m"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-    """For each row, the first column that is True and the one after the last; equal where none is."""
-    count = joined.shape[1]
-    any_joined = jnp.any(joined, axis=1)
-    last = jnp.where(any_joined, count - jnp.argmax(joined[:, ::-1], axis=1), 0)
-    return jnp.where(any_joined, jnp.argmax(joined, axis=1), 0), last
-
-
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """An axis cut into ``count`` blocks; with a single block every loop below is a plain call, which is quick to trace and compile."""
+    """An axis cut into ``count`` blocks of ``size``; with a single block every loop below is a plain call, which is quick to trace and
+    compile."""
 
-    block: int
+    size: int
     count: int
 
-    def pad(self, x: Array, axis: int) -> Array:
-        missing = self.block * self.count - x.shape[axis]
-        return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing else x
+    def cut(self, x: Array, axis: int) -> Array:
+        """[..., S, ...] -> [..., count, size, ...], with padding at the end."""
+        missing = self.size * self.count - x.shape[axis]
+        padded = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing else x
+        return padded.reshape(*x.shape[:axis], self.count, self.size, *x.shape[axis + 1 :])
 
-    def take(self, x: Array, i: Index, axis: int) -> Array:
-        return x if self.count == 1 else lax.dynamic_slice_in_dim(x, i * self.block, self.block, axis)
+    def at[T](self, blocks: T, i: Index) -> T:
+        """A block of each of these arrays, whose first axis is that of the blocks."""
+        if self.count == 1:
+            return jax.tree.map(lambda x: x[0], blocks)
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False), blocks)
 
-    def add(self, x: Float[Array, "B K G s C"], i: Index, block: Float[Array, "B K G q C"]) -> Float[Array, "B K G s C"]:
-        return x + block if self.count == 1 else lax.dynamic_update_slice_in_dim(x, self.take(x, i, 3) + block, i * self.block, 3)
+    def add(self, blocks: Float[Array, "n B K G q C"], i: Index, block: Float[Array, "B K G q C"]) -> Float[Array, "n B K G q C"]:
+        if self.count == 1:
+            return blocks + block[None]
+        return lax.dynamic_update_index_in_dim(blocks, self.at(blocks, i) + block, i, 0, allow_negative_indices=False)
 
     def loop[T](self, first: Array, last: Array, body: Callable[[Index, T], T], state: T) -> T:
         return body(jnp.zeros((), jnp.int32), state) if self.count == 1 else lax.fori_loop(first, last, body, state)
 
-    def map[T](self, body: Callable[[Index], T]) -> T:
-        """``body`` of every block index, results stacked on a new first axis."""
-        return self.scan(lambda _, i: (None, body(i)), None)[1]
-
-    def scan[C, T](self, body: Callable[[C, Index], tuple[C, T]], carry: C) -> tuple[C, T]:
+    def scan[C, X, T](self, body: Callable[[C, X], tuple[C, T]], carry: C, blocks: X) -> tuple[C, T]:
         if self.count > 1:
-            return lax.scan(body, carry, jnp.arange(self.count))
-        carry, result = body(carry, jnp.zeros((), jnp.int32))
+            return lax.scan(body, carry, blocks)
+        carry, result = body(carry, self.at(blocks, 0))
         return carry, jax.tree.map(lambda x: x[None], result)
 
 
@@ -193,31 +220,40 @@ def _blocks(q: Query, k: KeyValue) -> tuple[_Blocks, _Blocks]:
         largest //= 2
 
     def cut(length: int) -> _Blocks:
-        block = min(largest, length)
-        return _Blocks(block, -(-length // block))
+        size = min(largest, length)
+        return _Blocks(size, -(-length // size))
 
     return cut(q.shape[1]), cut(k.shape[1])
 
 
-def _query_heads(queries: _Blocks, x: Float[Array, "B S H C"], kv_heads: int) -> Float[Array, "B K G s C"]:
-    batch, _, heads, width = x.shape
-    return jnp.moveaxis(queries.pad(x, axis=1), 1, 2).reshape(batch, kv_heads, heads // kv_heads, -1, width)
+def _heads(blocks: _Blocks, x: Float[Array, "B S H C"]) -> Float[Array, "n B H s C"]:
+    return blocks.cut(x, 1).transpose(1, 0, 3, 2, 4)
 
 
-def _key_heads(keys: _Blocks, x: KeyValue) -> Float[Array, "B K t C"]:
-    return jnp.moveaxis(keys.pad(x, axis=1), 1, 2)
+def _query_heads(queries: _Blocks, x: Float[Array, "B S H C"], kv_heads: int) -> Float[Array, "n B K G q C"]:
+    x = _heads(queries, x)
+    return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:])
 
 
-def _visible(keys: _Blocks, lo: Int[Array, "B q"], hi: Int[Array, "B q"], j: Index) -> Bool[Array, "B 1 1 q t"]:
-    key = (j * keys.block + jnp.arange(keys.block))[None, None, None, None, :]
-    lo, hi = lo[:, None, None, :, None], hi[:, None, None, :, None]
-    return (key >= lo) & (key < hi)
+def _without_blocks(x: Float[Array, "n B *heads s C"], like: Float[Array, "B S H C"]) -> Float[Array, "B S H C"]:
+    """The inverse of `_heads` and of `_query_heads`, in x's dtype."""
+    x = x.reshape(*x.shape[:2], -1, *x.shape[-2:]).transpose(1, 0, 3, 2, 4)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : like.shape[1]]
 
 
-def _joined(queries: _Blocks, keys: _Blocks, lo: Int[Array, "B s"], hi: Int[Array, "B s"]) -> Bool[Array, "n m"]:
-    """[i, j]: some row has a query in block i whose interval may reach key block j."""
+@functools.partial(jax.jit, static_argnames=("spec", "length", "queries", "keys"))
+def _visits(spec: Spec, length: int, queries: _Blocks, keys: _Blocks, segments: Segments, reach: Reach) -> tuple[Seen, Bool[Array, "n m"]]:
+    """The keys lo <= j < hi that each query sees, in blocks, and whether some row has a query in block n that may see a key in block m."""
+    lo, hi = (jnp.moveaxis(queries.cut(bound, 1), 1, 0) for bound in key_ranges(spec, segments, length, reach))
     sees = hi > lo
-    lowest = jnp.min(jnp.where(sees, lo, keys.block * keys.count).reshape(-1, queries.count, queries.block), axis=(0, 2))
-    highest = jnp.max(jnp.where(sees, hi, 0).reshape(-1, queries.count, queries.block), axis=(0, 2))
-    edges = keys.block * jnp.arange(keys.count + 1)
-    return (lowest[:, None] < edges[None, 1:]) & (highest[:, None] > edges[None, :-1])
+    lowest = jnp.min(jnp.where(sees, lo, keys.size * keys.count), axis=(1, 2))
+    highest = jnp.max(jnp.where(sees, hi, 0), axis=(1, 2))
+    edges = keys.size * jnp.arange(keys.count + 1, dtype=jnp.int32)
+    return (lo, hi), (lowest[:, None] < edges[None, 1:]) & (highest[:, None] > edges[None, :-1])
+
+
+@jax.jit
+def _ranges(visits: Bool[Array, "n m"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+    """For each row, the first column that is True and the one after the last; m and 0 where none is."""
+    column = jnp.arange(visits.shape[1], dtype=jnp.int32)[None]
+    return jnp.min(jnp.where(visits, column, visits.shape[1]), axis=1), jnp.max(jnp.where(visits, column + 1, 0), axis=1)

@@ -146,7 +146,7 @@ MUTANTS = [
         "pallas_kernels/attention/xla.py", "(key >= lo) & (key < hi)", "(key >= lo) & (key <= hi)", "a query sees the next key", ATTENTION
     ),
     Mutant("pallas_kernels/attention/xla.py", "acc * rescale[..., None] + pv", "acc + pv", "online softmax forgets to rescale", REFERENCE),
-    Mutant("pallas_kernels/attention/xla.py", "(dp - delta_i[..., None])", "dp", "softmax's backward without delta", REFERENCE),
+    Mutant("pallas_kernels/attention/xla.py", "(dp - delta[..., None])", "dp", "softmax's backward without delta", REFERENCE),
     Mutant(
         "jaxlora/nn/attention.py", "columns > last - window", "columns >= last - window", "the window of decoding is one longer", GENERATE
     ),
