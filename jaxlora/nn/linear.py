@@ -1,5 +1,6 @@
 """The one Linear, and the one custom VJP through which every adapted product goes."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -155,21 +156,29 @@ def _weight(linear: Linear) -> AbstractWeight:
     return linear.weight.get_value()
 
 
-def _forward(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None) -> tuple[Array, ...]:
+# Layers of different kinds have Linears of the same shapes: what is jitted here is one function of the program, which all of them call.
+@functools.partial(jax.jit, static_argnums=0)
+def _products(
+    how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None
+) -> tuple[tuple[Array, ...], dict[int, Array]]:
+    """The y_i, and the columns u_i = A_i drop_i(x) of those with an adapter."""
     act, rates = how
     x = act(*inputs) if value is None else value
-    return _ys(x, weights, loras, _down(rates, x, loras, keys))
+    # A few columns a Linear, for which the backward would read x once more.
+    us = {i: checkpoint_name(u, "lora_u") for i, u in _down(rates, x, loras, keys).items()}
+    return _ys(x, weights, loras, us), us
+
+
+def _forward(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None) -> tuple[Array, ...]:
+    return _products(how, inputs, weights, loras, keys, value)[0]
 
 
 _project = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
 def _project_fwd(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None) -> tuple[tuple[Array, ...], Any]:
-    act, rates = how
-    x = act(*inputs) if value is None else value
-    # A few columns a Linear, for which the backward would read x once more.
-    us = {i: checkpoint_name(u, "lora_u") for i, u in _down(rates, x, loras, keys).items()}
-    return _ys(x, weights, loras, us), (inputs, weights, loras, keys, us)
+    ys, us = _products(how, inputs, weights, loras, keys, value)
+    return ys, (inputs, weights, loras, keys, us)
 
 
 def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
@@ -197,6 +206,7 @@ def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
     return bs
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
     act, rates = how
     inputs, weights, loras, keys, us = residuals

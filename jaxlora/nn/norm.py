@@ -57,12 +57,14 @@ def _rms_norm(eps: float, x: Float[Array, "*N D"], weight: Float[Array, "*ones D
     return _rms_norm_fwd(eps, x, weight)[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _rms_norm_fwd(eps: float, x: Array, weight: Array) -> tuple[Array, Any]:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return ((x32 * inverse).astype(weight.dtype) * weight).astype(x.dtype), (x, weight, inverse)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _rms_norm_bwd(eps: float, residuals: Any, dy: Array) -> tuple[Array, Array]:
     """With n = x / rms and g = w·dy: dx = (g - n·mean(g·n)) / rms, dw = Σ dy·n over the rows."""
     x, weight, inverse = residuals

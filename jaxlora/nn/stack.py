@@ -160,8 +160,8 @@ class Stack(nnx.Module):
             # Outside a loop, XLA would find the recomputed block to be the first one, and keep all of it.
             once = unroll == run.repeats > 1
             whole = jax.checkpoint(call, policy=scan.remat, prevent_cse=once) if scan.checkpoint and not scan.offload else call
-            # Layers of one structure in a period are traced and lowered once: as calls of one function.
-            return jax.jit(whole) if sum(graphdef == other for other, _ in splits) > 1 else whole
+            # In a period, layers of one structure are calls of one function, and what layers of several have in common is one too.
+            return jax.jit(whole) if len(splits) > 1 else whole
 
         made = {graphdef: block(graphdef) for graphdef, _ in splits}
         calls = [made[graphdef] for graphdef, _ in splits]
