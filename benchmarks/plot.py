@@ -58,9 +58,9 @@ def points(panel: Panel, ours: Sequence[Mapping[str, str]], rivals: Sequence[Map
         bits = {"int4": 4, "bf16": 16}.get(row["weights"], 0)
         whole = row.get("execution", "") == "" and row["rank"] == "16" and row.get("layers") in (None, "", str(panel.layers))
         if panel.holds(row, bits) and whole:
-            found["jaxlora", row["remat"]] = _point(
-                "jaxlora", row["remat"] if row["remat"] in ("True", "False") else f'"{row["remat"]}"', row
-            )
+            mode = row["remat"] if row["remat"] in ("True", "False") else f'"{row["remat"]}"'
+            label = f"{mode}, {row['compute']}" if row.get("compute") else mode
+            found["jaxlora", label] = _point("jaxlora", label, row)
     for row in rivals:
         if row["task"] == "train" and row["rank"] == "16" and panel.holds(row, int(row["bits"])):
             # A row that does not say its mode gives way to the first that does.

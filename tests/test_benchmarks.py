@@ -208,10 +208,10 @@ def test_the_longest_sequence_is_found_to_the_unit_when_memory_bends(limit):
 def test_the_plot_takes_the_newest_row_of_each_setting():
     same = {"model": "llama-3.1-8b", "rows": "4", "sequence": "2048", "rank": "16", "device": "a card"}
     ours = [{**same, "weights": "int4", "remat": "dots", "peak_gb": "33", "tok_s": t, "date": d} for t, d in (("1", "a"), ("2", "b"))]
-    other = {**ours[0], "weights": "nf4"}
+    other, narrow = {**ours[0], "weights": "nf4"}, {**ours[0], "compute": "float8", "tok_s": "4"}
     rival = {**same, "task": "train", "system": "unsloth", "gc": "off", "bits": "4", "peak_gb": "38.8", "tok_s": "3", "date": "a"}
-    found = plot.points(plot.PANELS[0], [*ours, other], [rival])
-    assert [(p.system, p.tok_s) for p in found] == [("jaxlora", 2.0), ("unsloth", 3.0)]
+    found = plot.points(plot.PANELS[0], [*ours, other, narrow], [rival])
+    assert [(p.label, p.tok_s) for p in found] == [('"dots"', 2.0), ('"dots", float8', 4.0), ("no checkpointing", 3.0)]
     assert "measured in different runs" in plot.caption(found)
 
 
