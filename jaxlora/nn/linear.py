@@ -11,16 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from jaxlora.weights.base import (
-    AbstractWeight,
-    abstract,
-    add_beside,
-    contract_last,
-    goes_beside,
-    gradient_beside,
-    input_gradient,
-    outer,
-)
+from jaxlora.weights.base import AbstractWeight, abstract, contract_last, goes_beside, gradients_beside, input_gradient, outer
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.lora_swiglu import KERNEL as GATED
@@ -215,9 +206,7 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
     bs = [b for b in _padded_b(loras, dys[0].dtype) if b is not None]
     if len(plain) == len(weights) and goes_beside(dys, weights, bs[0]):
-        both = gradient_beside(dys, weights, bs)
-        dus, du = {}, both[:, x.shape[1] :]
-        dx = add_beside(both, du, _stacked_a(plain, x.dtype).T)
+        dus, (dx, du) = {}, gradients_beside(dys, weights, bs, _stacked_a(plain, x.dtype))
     else:
         dus = {i: dys[i] @ _scaled(lora, dys[i].dtype) for i, lora in pairs.items()}
         # The undropped A of the group enter dx, and are differentiated, as one product.

@@ -117,21 +117,22 @@ def input_gradient(
     return dx
 
 
-def gradient_beside(
-    dys: Sequence[Float[Array, "N _"]], weights: Sequence[AbstractWeight], columns: Sequence[Float[Array, "_ R"]]
-) -> Float[Array, "N C"]:
-    """[Σ dy_i @ W_i, Σ dy_i @ b_i] [N, I + R] for columns b_i [O_i, R]: one product for each wide dy, which is read once.
+def gradients_beside(
+    dys: Sequence[Float[Array, "N _"]],
+    weights: Sequence[AbstractWeight],
+    columns: Sequence[Float[Array, "_ R"]],
+    rows: Float[Array, "R I"],
+) -> tuple[Float[Array, "N I"], Float[Array, "N R"]]:
+    """(Σ dy_i @ W_i + du @ rows, du = Σ dy_i @ b_i) for columns b_i [O_i, R]: one product for each wide dy, which is read once.
 
     [W_i, b_i] is what ``matmul`` decodes for an update, so that a block that is recomputed beside its backward decodes it once.
     """
     parts = [contract_first(dy, stacked((w,), dy.dtype, right=b)) for dy, w, b in zip(dys, weights, columns, strict=True)]
-    # In this order XLA has each product add to those before it in place.
-    return functools.reduce(lambda total, part: part + total, parts)
-
-
-def add_beside(both: Float[Array, "N C"], u: Float[Array, "N R"], b: Float[Array, "O R"]) -> Float[Array, "N O"]:
-    """The first O columns, plus u @ bᵀ. The sum is as wide as ``both``, so that it is made in place."""
-    return (contract_last(u, jnp.pad(b, ((0, both.shape[1] - b.shape[0]), (0, 0)))) + both)[:, : b.shape[0]]
+    # In this order XLA has each product add to those before it in place; the last one as wide as they are, for the same reason.
+    both = functools.reduce(lambda total, part: part + total, parts)
+    width = rows.shape[1]
+    du = both[:, width:]
+    return (contract_first(du, jnp.pad(rows, ((0, 0), (0, du.shape[1])))) + both)[:, :width], du
 
 
 def goes_beside(dys: Sequence[Float[Array, "N _"]], weights: Sequence[AbstractWeight], columns: Float[Array, "_ R"]) -> bool:
