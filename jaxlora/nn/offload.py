@@ -19,11 +19,12 @@ from jaxlora.typing import Array
 
 type Block = Callable[..., Array]
 
-# While a block runs backwards its elementwise work is done twice, so that a norm's output does not wait through the widest part of the MLP
-# (in long rows the MLP goes by tiles, and is narrow).
+# While a block of short rows runs backwards its elementwise work is done twice, so that a norm's output does not wait through the widest
+# part of the MLP.
 _KEPT = jax.checkpoint_policies.save_only_these_names("dot", "attn_out", "attn_lse")
 _SAVED = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
-# Tokens in a row from which recomputing attention costs more than a twentieth of a step, and its output no more memory than it has to give.
+# Tokens in a row from which attention is kept. Its output waits on the device as a block's input does, once for the block and once for the
+# next: in shorter rows that memory is dearer than recomputing it.
 _LONG = 8192
 
 
@@ -44,6 +45,10 @@ def scan_offloaded(
     return _scan(tuple(converted), x, tuple(xs), slots, states, tuple(consts))
 
 
+def _is_long(x: Array) -> bool:
+    return x.shape[-2] >= _LONG
+
+
 def _linearise(
     block: Block, x: Array, own: Any, const: Any, wanted: tuple[Wanted, Wanted]
 ) -> tuple[Array, list[Array], Callable[[Array, Sequence[Array]], Any]]:
@@ -53,11 +58,12 @@ def _linearise(
     def call(x: Array, few: Any, held: Any) -> Array:
         return block(x, *mine.put(few, own), *theirs.put(held, const))
 
-    long = x.shape[-2] >= _LONG
+    long = _is_long(x)
     # A barrier around the weights too would have each layer's codes copied out of the stack.
     how = {"policy": _SAVED, "prevent_cse": False} if long else {"policy": _KEPT, "prevent_cse": (True, True, False)}
     out, pull = jax.vjp(jax.checkpoint(call, **how), x, mine.of_these(own), theirs.of_these(const))
     leaves, treedef = jax.tree.flatten(pull)
+    # What ``pull`` holds of the arguments are the very same arrays: the rest is what the policy saves.
     given = {id(leaf) for leaf in jax.tree.leaves((x, own, const))}
     places = [i for i, leaf in enumerate(leaves) if id(leaf) not in given] if long else []
 
@@ -75,7 +81,7 @@ def _forward(blocks: Sequence[Block], x: Array, xs: Any, slots: Any, states: Any
     """
 
     def run(p: int, x: Array, own: Any) -> tuple[Array, list[Array]]:
-        if wanted is None or x.shape[-2] < _LONG:
+        if wanted is None or not _is_long(x):
             return blocks[p](x, *own, *consts[p]), []
         return _linearise(blocks[p], x, own, consts[p], (wanted[0][p], wanted[1][p]))[:2]
 

@@ -9,6 +9,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.nn import offload
+from jaxlora.nn.vjp import Wanted
 from tests.tolerances import REORDERED_FP32
 
 ROWS, WIDTH = 4, 3
@@ -60,6 +61,22 @@ def test_attention_is_computed_again_in_short_rows_alone(monkeypatch, long, root
     monkeypatch.setattr(offload, "_LONG", long)
     program, _ = gradient([block])
     assert program.as_text().count(" cbrt(") == roots
+
+
+def test_beside_its_input_a_block_saves_attention_and_none_of_its_weights(monkeypatch):
+    monkeypatch.setattr(offload, "_LONG", ROWS)
+    x, w = drawn(ROWS, WIDTH), drawn(ROWS, WIDTH)
+    sizes = []
+
+    def saved(x, w):
+        primal = jax.custom_derivatives.CustomVJPPrimal
+        wanted = Wanted.of((primal(w, True),)), Wanted.of([])
+        _, kept, _ = offload._linearise(lambda x, w: taller(x, w)[0], x, (w,), [], wanted)
+        sizes.extend(a.shape for a in kept)
+        return kept
+
+    jax.eval_shape(saved, x, w)
+    assert sizes == [(2, ROWS, WIDTH)]
 
 
 @pytest.mark.parametrize("blocks", [[block], [block, plain], [plain, taller, block]], ids=["alike", "some keep nothing", "three shapes"])
