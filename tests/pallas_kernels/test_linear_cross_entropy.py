@@ -57,6 +57,15 @@ def test_a_label_outside_the_vocabulary_makes_the_loss_nan(label):
     assert jnp.isnan(linear_cross_entropy(hidden, weight, labels.at[3].set(label), weight_grad=False))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e4, -1e4])
+def test_logits_of_any_size_have_a_finite_loss(scale):
+    """Rows of one huge logit, of none, and of logits that are alike."""
+    hidden = jnp.concatenate([jnp.eye(4) * scale, jnp.zeros((1, 4)), jnp.full((1, 4), scale)])
+    weight, labels = jnp.concatenate([jnp.eye(4), -jnp.eye(4)]), jnp.arange(6)
+    value = linear_cross_entropy(hidden, weight, labels, weight_grad=True)
+    np.testing.assert_allclose(value, module.reference(hidden, weight, labels, weight_grad=True), rtol=1e-6)
+
+
 def test_a_frozen_head_gets_a_zero_gradient():
     hidden, weight, labels = arguments()
     assert not jnp.any(jax.grad(lambda w: linear_cross_entropy(hidden, w, labels, weight_grad=False))(weight))
