@@ -88,12 +88,14 @@ class Execution:
     """How a forward pass runs; never what it computes.
 
     ``scan`` is how the layers' blocks are recomputed, unrolled and offloaded; ``attention`` names a backend; adapters drop out only where
-    ``dropout_key`` is given. ``mlp_tile`` is how many tokens the decoder's MLPs take at a time (`by_tiles`).
+    ``dropout_key`` is given. ``mlp_tile`` is how many tokens the decoder's MLPs take at a time (`by_tiles`), ``loss_chunk`` how many the
+    loss does (`pallas_kernels.linear_cross_entropy`).
     """
 
     attention: str = "auto"
     scan: Scan = Scan()
     mlp_tile: int | None = None
+    loss_chunk: int = 512
     dropout_key: PRNGKeyArray | None = None
 
 

@@ -26,4 +26,5 @@ def loss_sum(model: CausalModel, batch: Batch, execution: Execution, *, head_gra
     lora = None if head.lora is None else (head.lora.a, head.lora.b, head.lora.scale)
     rows = hidden.reshape(-1, hidden.shape[-1])
     labels = batch.labels.reshape(-1)
-    return linear_cross_entropy(rows, head.weight.dequantise(), labels, lora=lora, softcap=head.softcap, weight_grad=head_grad)
+    weight, chunk = head.weight.dequantise(), execution.loss_chunk
+    return linear_cross_entropy(rows, weight, labels, lora=lora, softcap=head.softcap, weight_grad=head_grad, chunk=chunk)
