@@ -11,7 +11,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from jaxlora.weights.base import AbstractWeight, abstract, contract_last, goes_beside, gradients_beside, input_gradient, outer
+from jaxlora.weights.base import (
+    AbstractWeight,
+    abstract,
+    contract_last,
+    goes_beside,
+    gradients_beside,
+    input_gradient,
+    join,
+    joined_product,
+    outer,
+)
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.lora_swiglu import KERNEL as GATED
@@ -101,7 +111,7 @@ def project_gated(
         return (e, g), None
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
     e, g, h = (y.reshape(*x.shape[:-1], -1) for y in _gated((activation, backend), rows, weights, loras))
-    return (checkpoint_name(e, "dot"), checkpoint_name(g, "dot")), jax.lax.stop_gradient(h)
+    return (_named(e), _named(g)), jax.lax.stop_gradient(h)
 
 
 def _gated_backend(linears: Sequence[Linear], x: Array, activation: str, keys: Sequence[Any]) -> str | None:
@@ -130,9 +140,8 @@ def _project_from(
     )
     used = tuple(key if rate else None for rate, key in zip(rates, keys, strict=True))
     ys = _project((act, rates), rows, weights, loras, used, value)
-    named = (checkpoint_name(y, "dot") for y in ys)
     biased = (
-        y if linear.bias is None else y + linear.bias.get_value().astype(y.dtype)[None] for y, linear in zip(named, linears, strict=True)
+        y if linear.bias is None else y + linear.bias.get_value().astype(y.dtype)[None] for y, linear in zip(ys, linears, strict=True)
     )
     return tuple(y.reshape(*leading, y.shape[-1]) for y in biased)
 
@@ -175,9 +184,17 @@ def _project_fwd(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys:
 def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
     """y_i = W_i x + s_i B_i u_i. All Linears get the same columns u, B_i being zero at the others', so that [x, u] is one array."""
     if not us:
-        return tuple(w.matmul(x) for w in weights)
+        return tuple(_named(w.matmul(x)) for w in weights)
     columns, bs = _columns(loras, us, x.dtype)
-    return tuple(w.matmul(x) if b is None else w.matmul(x, (columns, b)) for w, b in zip(weights, bs, strict=True))
+    if len(us) == len(weights) > 1 and join(weights, x, columns):
+        joined = _named(joined_product(weights, x, (columns, jnp.concatenate([b for b in bs if b is not None]))))
+        return tuple(jnp.split(joined, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1))
+    return tuple(_named(w.matmul(x) if b is None else w.matmul(x, (columns, b))) for w, b in zip(weights, bs, strict=True))
+
+
+def _named(y: Array) -> Array:
+    """A product, for the policies that keep products."""
+    return checkpoint_name(y, "dot")
 
 
 def _columns(loras: Loras, us: dict[int, Array], dtype: Any) -> tuple[Array, list[Array | None]]:

@@ -91,6 +91,18 @@ class AbstractWeight(abc.ABC):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
+def join(weights: Sequence[AbstractWeight], x: Float[Array, "N I"], columns: Float[Array, "N R"]) -> bool:
+    """Whether the products of one x are better made as one: outputs not much wider than x, of codes that are decoded in one pass."""
+    narrow, decoded = sum(w.shape[0] for w in weights) <= 2 * x.shape[1], all(w.decoded for w in weights)
+    return narrow and decoded and one_product(x.shape[1], columns.shape[1]) and weights[0].above(weights[1:]) is not None
+
+
+def joined_product(weights: Sequence[AbstractWeight], x: Float[Array, "N I"], update: LowRank) -> Float[Array, "N _"]:
+    """The products x @ W_iᵀ side by side, plus u @ bᵀ of an update (u [N, R], b [ΣO, R])."""
+    u, b = update
+    return contract_last(beside(x, u), stacked(weights, x.dtype, right=b))
+
+
 def input_gradient(
     weights: Sequence[AbstractWeight], dys: Sequence[Float[Array, "N _"]], update: LowRank | None = None
 ) -> Float[Array, "N I"]:

@@ -116,6 +116,21 @@ def test_gradients_are_the_formulas_where_du_is_part_of_a_wide_product(monkeypat
     assert bool(found) == beside
 
 
+@pytest.mark.parametrize(("weight", "ranks", "joined"), [(Int4, (4, 2, 3), True), (Int4, RANKS, False), (Dense, (4, 2, 3), False)])
+def test_adapted_codes_of_one_input_are_one_product_on_a_gpu(monkeypatch, on_a_gpu, weight, ranks, joined):
+    """Outputs of 44 in all from 64 columns."""
+    found = []
+    monkeypatch.setattr(linear_module, "joined_product", lambda *args: found.append(1) or base.joined_product(*args))
+    linears, x = [make(i, rank=rank, weight=weight, width=64) for i, rank in enumerate(ranks)], normal(0, 5, 64)
+    assert_close(jitted(project, linears, x), jitted(formula, linears, x))
+    (ours, dx), (theirs, dx_theirs) = gradients(project, linears, x), gradients(formula, linears, x)
+    assert_close(dx, dx_theirs)
+    for i, rank in enumerate(ranks):
+        if rank:
+            assert_close({k: ours[i][k] for k in ("lora_A", "lora_B")}, {k: theirs[i][k] for k in ("lora_A", "lora_B")})
+    assert bool(found) == joined
+
+
 def test_leading_axes_are_kept():
     linears, x = group(), normal(0, 2, 3, WIDTH)
     for y, flat in zip(project(linears, x), project(linears, x.reshape(6, WIDTH)), strict=True):
