@@ -3,6 +3,8 @@
 from pallas_kernels._kernel import Case, Kernel, device
 from pallas_kernels.attention import KERNEL as _ATTENTION
 from pallas_kernels.attention import attention, check_cudnn_packing
+from pallas_kernels.gated_gradients import KERNEL as _GATED_GRADIENTS
+from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.int4_matmul import KERNEL as _INT4_MATMUL
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.linear_cross_entropy import KERNEL as _LINEAR_CROSS_ENTROPY
@@ -15,6 +17,7 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         _ATTENTION,
+        _GATED_GRADIENTS,
         _INT4_MATMUL,
         _LINEAR_CROSS_ENTROPY,
         _LORA_SWIGLU,
@@ -29,6 +32,7 @@ __all__ = [
     "attention",
     "check_cudnn_packing",
     "device",
+    "gated_gradients",
     "int4_matmul",
     "linear_cross_entropy",
     "lora_swiglu",

@@ -27,10 +27,24 @@ def device_code() -> Any:
     return triton_code
 
 
-def call(kernel: Any, *arrays: Any, out: Any, grid: tuple[int, ...], config: Mapping[str, int], **constants: Any) -> Any:
-    """Launches a ``@triton.jit`` kernel whose pointers are the arrays and then the outputs; ``config`` has its blocks, warps and stages."""
+def call(
+    kernel: Any,
+    *arrays: Any,
+    out: Any,
+    grid: tuple[int, ...],
+    config: Mapping[str, int],
+    in_place: Mapping[int, int] | None = None,
+    **constants: Any,
+) -> Any:
+    """Launches a ``@triton.jit`` kernel whose pointers are the arrays and then the outputs; ``config`` has its blocks, warps and stages.
+
+    ``in_place`` says which arrays' buffers become which outputs', by position.
+    """
     import jax_triton  # pyright: ignore[reportMissingImports]
 
     # jax-triton 0.4 renamed it.
     shapes = {"out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape": out}
-    return jax_triton.triton_call(*arrays, kernel=kernel, grid=grid, **shapes, **constants, **config)
+    # Else jax-triton asks the first GPU, and nothing could be lowered for one that is not here.
+    major, minor = _kernel.device().capability or (8, 0)
+    how: Any = {"compute_capability": 10 * major + minor, "input_output_aliases": dict(in_place or {})}
+    return jax_triton.triton_call(*arrays, kernel=kernel, grid=grid, **how, **shapes, **constants, **config)

@@ -143,3 +143,68 @@ def gated(
     if SAVED:
         tl.store(e + place, gate_out, mask=kept)
         tl.store(g + place, up_out, mask=kept)
+
+
+@triton.jit
+def activate_with_slope(e, ACTIVATION: tl.constexpr):
+    """(act(e), act'(e)) of an fp32 tile."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(e)
+        a, slope = e * s, s * (1.0 + e * (1.0 - s))
+    elif ACTIVATION == "gelu":
+        s = 0.5 * (1.0 + tl.erf(e * 0.7071067811865476))
+        a, slope = e * s, s + e * 0.3989422804014327 * tl.exp(-0.5 * e * e)
+    else:
+        s = tl.sigmoid(1.5957691216057308 * (e + 0.044715 * e * e * e))
+        a, slope = e * s, s + e * s * (1.0 - s) * (1.5957691216057308 + 0.21406447660469283 * e * e)
+    return a, slope
+
+
+@triton.jit
+def transposed_columns(u, rows, kept, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[BLOCK_R, len(rows)] of an array u [·, R]."""
+    columns = tl.arange(0, BLOCK_R)
+    return tl.load(u + rows[None, :].to(tl.int64) * R + columns[:, None], mask=kept[None, :] & (columns < R)[:, None], other=0.0)
+
+
+@triton.jit
+def store_sum(out, acc, split, columns, kept, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """out[split] [R, N] at these columns."""
+    ranks = tl.arange(0, BLOCK_R)
+    place = (split * R + ranks)[:, None].to(tl.int64) * N + columns[None]
+    tl.store(out + place, acc, mask=(ranks < R)[:, None] & kept[None])
+
+
+@triton.jit
+def gated_gradients(
+    e, g, dh, u_gate, u_up, du, de, dg, db_gate, db_up, da,
+    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
+    BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """de, dg [M, N] of h = act(e) ∘ g, and for part p of the rows: u_gateᵀ de, u_upᵀ dg, duᵀ h [p, R, N]."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_kept = columns < N
+    dtype: tl.constexpr = e.dtype.element_ty
+    gate, up = tl.zeros((BLOCK_GATE, BLOCK_N), tl.float32), tl.zeros((BLOCK_UP, BLOCK_N), tl.float32)
+    down = tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32)
+    for first in range(0, ROWS, BLOCK_M):
+        rows = split * ROWS + first + tl.arange(0, BLOCK_M)
+        row_kept = rows < M
+        place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
+        value = tl.load(e + place, mask=kept, other=0.0).to(tl.float32)
+        times = tl.load(g + place, mask=kept, other=0.0)
+        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
+        activated, slope = activate_with_slope(value, ACTIVATION)
+        activated = activated.to(dtype)
+        de_tile = (dvalue * times.to(tl.float32) * slope).to(dtype)
+        dg_tile = (dvalue * activated.to(tl.float32)).to(dtype)
+        tl.store(de + place, de_tile, mask=kept)
+        tl.store(dg + place, dg_tile, mask=kept)
+        gate = tl.dot(transposed_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), de_tile, gate)
+        up = tl.dot(transposed_columns(u_up, rows, row_kept, R_UP, BLOCK_UP), dg_tile, up)
+        down = tl.dot(transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), activated * times, down)
+    store_sum(db_gate, gate, split, columns, column_kept, N, R_GATE, BLOCK_GATE)
+    store_sum(db_up, up, split, columns, column_kept, N, R_UP, BLOCK_UP)
+    store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN)

@@ -36,7 +36,8 @@ def test_result_and_gradients_equal_the_reference(name, case_name, backend, dtyp
     @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(call, varied, fixed):
         out, pull = jax.vjp(lambda varied: call(**varied, **fixed, **case.static), varied)
-        cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(out.shape), out.dtype)
+        draw = np.random.default_rng(1)
+        cotangent = jax.tree.map(lambda y: jnp.asarray(draw.standard_normal(y.shape), y.dtype), out)
         return {"result": out, **pull(cotangent)[0]}
 
     expected = value_and_gradients(kernel.reference, varied, fixed)

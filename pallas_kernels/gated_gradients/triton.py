@@ -1,0 +1,58 @@
+"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_code`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import _triton, _tuned
+from pallas_kernels.int4_matmul.triton import block_r
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A program takes ``BLOCK_N`` columns and walks the rows of one of ``SPLITS`` parts, ``BLOCK_M`` at a time."""
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 64
+    SPLITS: int = 8
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
+    """Why Triton cannot run this call here, or None."""
+    if e.dtype != jnp.bfloat16:
+        return f"needs bfloat16, got {e.dtype}"
+    if max(ranks) > 128:
+        return f"holds sums of up to 128 columns, got {max(ranks)}"
+    return _triton.refuses()
+
+
+def gradients(
+    e: Float[Array, "N F"], g: Float[Array, "N F"], dh: Float[Array, "N F"], us: tuple[Array, Array], du: Array, activation: str
+) -> Any:
+    """As `gated_gradients` returns them."""
+    rows, columns = e.shape
+    config = dataclasses.asdict(_tuned.config("gated_gradients", "triton", Config, (rows, columns, du.shape[1])))
+    splits = config.pop("SPLITS")
+    ranks = [u.shape[1] for u in (*us, du)]
+    wide = jax.ShapeDtypeStruct(e.shape, e.dtype)
+    sums = [jax.ShapeDtypeStruct((splits, rank, columns), jnp.float32) for rank in ranks]
+    names = ("GATE", "UP", "DOWN")
+    de, dg, *parts = _triton.call(
+        _triton.device_code().gated_gradients,
+        *(e, g, dh, *us, du),
+        out=(wide, wide, *sums),
+        grid=(-(-columns // config["BLOCK_N"]) * splits,),
+        config=config,
+        # Where e and dh are not needed any more; each element is read by the program that overwrites it.
+        in_place={0: 0, 2: 1},
+        **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
+        **{f"R_{name}": rank for name, rank in zip(names, ranks, strict=True)},
+        **{f"BLOCK_{name}": block_r(rank) for name, rank in zip(names, ranks, strict=True)},
+    )
+    gate, up, down = (part.sum(0) for part in parts)
+    return de, dg, gate.T, up.T, down

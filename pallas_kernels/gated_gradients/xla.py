@@ -1,0 +1,28 @@
+"""The elementwise part as one fusion, then a product for each adapter."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.lora_swiglu.activations import product
+
+
+def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
+    """None: it runs anywhere."""
+    return None
+
+
+def gradients(
+    e: Float[Array, "N F"], g: Float[Array, "N F"], dh: Float[Array, "N F"], us: tuple[Array, Array], du: Array, activation: str
+) -> Any:
+    """As `gated_gradients` returns them."""
+    h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
+    de, dg = pull(dh)
+    return de, dg, *(_outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), _outer(du, h)
+
+
+def _outer(a: Float[Array, "N P"], b: Float[Array, "N Q"]) -> Float[Array, "P Q"]:
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
