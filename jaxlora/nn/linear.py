@@ -24,8 +24,11 @@ from jaxlora.weights.base import (
 )
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
+from pallas_kernels.gated_gradients import KERNEL as GRADIENTS
+from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.lora_swiglu import KERNEL as GATED
 from pallas_kernels.lora_swiglu import gated
+from pallas_kernels.lora_swiglu.activations import PRODUCTS
 
 type Activation = Callable[..., Array]
 type Rates = tuple[float, ...]
@@ -112,6 +115,25 @@ def project_gated(
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
     e, g, h = (y.reshape(*x.shape[:-1], -1) for y in _gated((activation, backend), rows, weights, loras))
     return (_named(e), _named(g)), jax.lax.stop_gradient(h)
+
+
+def project_mlp(
+    linears: tuple[Linear, Linear, Linear], x: Float[Array, "*N I"], activation: str, keys: Sequence[PRNGKeyArray | None]
+) -> Float[Array, "*N O"] | None:
+    """down(act(gate x) ∘ up x) of gate, up and down, where a kernel makes the wide gradients and the adapters' sums over them in one pass.
+
+    The kernel is `pallas_kernels.gated_gradients`. None where it cannot run, and where its pass would not be all: with dropout, with
+    biases, or where one of the three has no adapter.
+    """
+    weights, loras = tuple(_weight(linear) for linear in linears), tuple(lora for linear in linears if (lora := linear.lora) is not None)
+    drops = any(linear.lora_dropout and key is not None for linear, key in zip(linears, keys, strict=True))
+    if drops or len(loras) < len(linears) or any(linear.bias is not None for linear in linears):
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    wide, *columns = (jax.ShapeDtypeStruct((rows.shape[0], n), x.dtype) for n in (weights[0].shape[0], *(lora.rank for lora in loras)))
+    if GRADIENTS.choose("auto", wide, wide, wide, *columns, activation=activation) == "xla":
+        return None
+    return _mlp(activation, rows, weights, loras).reshape(*x.shape[:-1], -1)
 
 
 def _gated_backend(linears: Sequence[Linear], x: Array, activation: str, keys: Sequence[Any]) -> str | None:
@@ -221,24 +243,65 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    bs = [b for b in _padded_b(loras, dys[0].dtype) if b is not None]
-    if len(plain) == len(weights) and goes_beside(dys, weights, bs[0]):
-        dus, (dx, du) = {}, gradients_beside(dys, weights, bs, _stacked_a(plain, x.dtype))
-    else:
-        dus = {i: dys[i] @ _scaled(lora, dys[i].dtype) for i, lora in pairs.items()}
-        # The undropped A of the group enter dx, and are differentiated, as one product.
-        du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
-        dx = input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, x.dtype)))
+    dx, du, dus = _plain_gradients(weights, loras, plain, dys)
     das = {} if du is None else dict(zip(plain, _split(outer(du, x), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
-    dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], dys[i], us[i]) for i, lora in enumerate(loras))
+    dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], outer(dys[i], us[i])) for i, lora in enumerate(loras))
     return pull(dx), tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
 
+def _plain_gradients(
+    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs
+) -> tuple[Array, Array | None, dict[int, Array]]:
+    """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone)."""
+    dtype = dys[0].dtype
+    bs = [b for b in _padded_b(loras, dtype) if b is not None]
+    if len(plain) == len(weights) and goes_beside(dys, weights, bs[0]):
+        return *gradients_beside(dys, weights, bs, _stacked_a(plain, dtype)), {}
+    dus = {i: dys[i] @ _scaled(lora, dtype) for i, lora in enumerate(loras) if lora is not None}
+    # The undropped A of the group enter dx, and are differentiated, as one product.
+    du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
+    return input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, dtype))), du, dus
+
+
 _project.defvjp(_project_fwd, _project_bwd)
+
+
+def _mlp_forward(activation: str, x: Array, weights: Weights, loras: tuple[LoRA, ...]) -> Array:
+    return _mlp_fwd(activation, x, weights, loras)[0]
+
+
+_mlp = jax.custom_vjp(_mlp_forward, nondiff_argnums=(0,))
+
+
+def _mlp_fwd(activation: str, x: Array, weights: Weights, loras: tuple[LoRA, ...]) -> tuple[Array, Any]:
+    (e, g), us = _products((_identity, (0.0, 0.0)), (x,), weights[:2], loras[:2], (None, None), None)
+    (y,), down_us = _products((PRODUCTS[activation], (0.0,)), (e, g), weights[2:], loras[2:], (None,), None)
+    return y, (x, e, g, us, down_us[0], weights, loras)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mlp_bwd(activation: str, residuals: Any, dy: Array) -> tuple[Any, ...]:
+    x, e, g, us, down_u, weights, loras = residuals
+    down = loras[2]
+    du = dy @ _scaled(down, dy.dtype)
+    dh = input_gradient(weights[2:], (dy,), (du, down.a.astype(dy.dtype)))
+    de, dg, *dbs, da = gated_gradients(e, g, dh, us[0], us[1], du, activation=activation)
+    pairs = dict(enumerate(loras[:2]))
+    dx, both, _ = _plain_gradients(weights[:2], loras[:2], pairs, (de, dg))
+    assert both is not None
+    das = _split(outer(both, x), pairs, axis=0)
+    dloras = [_pair_gradient(lora, da, db) for lora, da, db in zip(pairs.values(), das, dbs, strict=True)]
+    # Only where a weight is trained is h computed once more.
+    h = PRODUCTS[activation](e, g)
+    dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, ((x, de), (x, dg), (h, dy)), strict=True))
+    return dx, dweights, (*dloras, _pair_gradient(down, da, outer(dy, down_u)))
+
+
+_mlp.defvjp(_mlp_fwd, _mlp_bwd)
 
 
 def _gated_forward(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -> tuple[Array, Array, Array]:
@@ -290,8 +353,9 @@ def _split(stacked: Array, loras: Mapping[int, LoRA], *, axis: int) -> list[Arra
     return jnp.split(stacked, list(itertools.accumulate(lora.rank for lora in loras.values()))[:-1], axis=axis)
 
 
-def _pair_gradient(lora: LoRA, da: Array, dy: Array, u: Array) -> LoRA:
-    return LoRA(da.astype(lora.a.dtype), (lora.scale * outer(dy, u)).astype(lora.b.dtype), jnp.zeros_like(lora.scale))
+def _pair_gradient(lora: LoRA, da: Array, db: Array) -> LoRA:
+    """Of the sums over the rows da = duᵀ x and db = dyᵀ u."""
+    return LoRA(da.astype(lora.a.dtype), (lora.scale * db).astype(lora.b.dtype), jnp.zeros_like(lora.scale))
 
 
 def _keep(key: PRNGKeyArray, rate: float, x: Array) -> Array:

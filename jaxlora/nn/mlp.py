@@ -1,6 +1,5 @@
 """Feed-forward blocks."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlora.nn.linear import Linear, project_activated, project_gated
+from jaxlora.nn.linear import Linear, project_activated, project_gated, project_mlp
 from jaxlora.nn.vjp import Wanted, hoisted, is_zero, values
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from pallas_kernels.lora_swiglu.activations import ACTIVATIONS, product
+from pallas_kernels.lora_swiglu.activations import PRODUCTS
 
 
 class GatedMLP(nnx.Module):
@@ -26,9 +25,12 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*N D"], keys: Mapping[str, PRNGKeyArray] | None = None) -> Float[Array, "*N D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
-        keys = keys or {}
-        gated, h = project_gated((self.gate_proj, self.up_proj), x, self.activation, (keys.get("gate_proj"), keys.get("up_proj")))
-        return project_activated(self.down_proj, PRODUCTS[self.activation], gated, keys.get("down_proj"), value=h)
+        gate_key, up_key, down_key = ((keys or {}).get(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        y = project_mlp((self.gate_proj, self.up_proj, self.down_proj), x, self.activation, (gate_key, up_key, down_key))
+        if y is not None:
+            return y
+        gated, h = project_gated((self.gate_proj, self.up_proj), x, self.activation, (gate_key, up_key))
+        return project_activated(self.down_proj, PRODUCTS[self.activation], gated, down_key, value=h)
 
 
 def by_tiles(function: Callable[[Array], Array], x: Float[Array, "*N D"], tile: int | None) -> Float[Array, "*N D"]:
@@ -128,10 +130,6 @@ def gelu_tanh(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     [0.0, 0.8411999940872192]
     """
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
-
-
-# One function an activation, since what is compiled is found again by the function.
-PRODUCTS = {name: functools.partial(product, activation=name) for name in ACTIVATIONS}
 
 
 class SwiGLU(GatedMLP):

@@ -52,12 +52,12 @@ MUTANTS = [
     Mutant("jaxlora/adapt.py", "jax.random.normal(key, shape) / shape[0]", "jax.random.normal(key, shape)", "gaussian A without 1/r", INIT),
     Mutant(
         "jaxlora/nn/linear.py",
-        "dys[i] @ _scaled(lora, dys[i].dtype)",
-        "dys[i] @ lora.b.astype(dys[i].dtype)",
+        "dys[i] @ _scaled(lora, dtype)",
+        "dys[i] @ lora.b.astype(dtype)",
         "the scale is missing from dx and dA",
         LINEAR,
     ),
-    Mutant("jaxlora/nn/linear.py", "(lora.scale * outer(dy, u))", "outer(dy, u)", "the scale is missing from dB", LINEAR),
+    Mutant("jaxlora/nn/linear.py", "(lora.scale * db)", "db", "the scale is missing from dB", LINEAR),
     Mutant(
         "jaxlora/nn/linear.py",
         "((0, 0), (at, columns - at - lora.rank))",
