@@ -4,7 +4,8 @@ A checkpoint policy that offloads fetches a block's input when its turn comes in
 8B. Here the backward is written out, so that the input of the block before is on its way while a block runs. Each block saves the input of
 the block before it, so that in both directions a step of the scan moves the slice that is its own: XLA copies only such by DMA.
 
-In long rows attention is what costs most to recompute: there its output and log-sum-exp travel with the inputs.
+With the inputs travel the few columns A x of each adapter, whose products would be repeated to no other end; and in long rows, where
+attention is what costs most to recompute, its output and log-sum-exp.
 """
 
 import functools
@@ -19,10 +20,8 @@ from jaxlora.typing import Array
 
 type Block = Callable[..., Array]
 
-# While a block of short rows runs backwards its elementwise work is done twice, so that a norm's output does not wait through the widest
-# part of the MLP.
-_KEPT = jax.checkpoint_policies.save_only_these_names("dot", "attn_out", "attn_lse")
-_SAVED = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+_SAVED = ("lora_u",)
+_SAVED_OF_LONG_ROWS = (*_SAVED, "attn_out", "attn_lse")
 # Tokens in a row from which attention is kept. Its output waits on the device as a block's input does, once for the block and once for the
 # next: in shorter rows that memory is dearer than recomputing it.
 _LONG = 8192
@@ -45,10 +44,6 @@ def scan_offloaded(
     return _scan(tuple(converted), x, tuple(xs), slots, states, tuple(consts))
 
 
-def _is_long(x: Array) -> bool:
-    return x.shape[-2] >= _LONG
-
-
 def _linearise(
     block: Block, x: Array, own: Any, const: Any, wanted: tuple[Wanted, Wanted]
 ) -> tuple[Array, list[Array], Callable[[Array, Sequence[Array]], Any]]:
@@ -58,14 +53,13 @@ def _linearise(
     def call(x: Array, few: Any, held: Any) -> Array:
         return block(x, *mine.put(few, own), *theirs.put(held, const))
 
-    long = _is_long(x)
-    # A barrier around the weights too would have each layer's codes copied out of the stack.
-    how = {"policy": _SAVED, "prevent_cse": False} if long else {"policy": _KEPT, "prevent_cse": (True, True, False)}
-    out, pull = jax.vjp(jax.checkpoint(call, **how), x, mine.of_these(own), theirs.of_these(const))
+    names = _SAVED_OF_LONG_ROWS if x.shape[-2] >= _LONG else _SAVED
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    out, pull = jax.vjp(jax.checkpoint(call, policy=policy, prevent_cse=False), x, mine.of_these(own), theirs.of_these(const))
     leaves, treedef = jax.tree.flatten(pull)
     # What ``pull`` holds of the arguments are the very same arrays: the rest is what the policy saves.
     given = {id(leaf) for leaf in jax.tree.leaves((x, own, const))}
-    places = [i for i, leaf in enumerate(leaves) if id(leaf) not in given] if long else []
+    places = [i for i, leaf in enumerate(leaves) if id(leaf) not in given]
 
     def resume(dy: Array, saved: Sequence[Array]) -> Any:
         filled = dict(enumerate(leaves)) | dict(zip(places, saved, strict=True))
@@ -77,11 +71,11 @@ def _linearise(
 def _forward(blocks: Sequence[Block], x: Array, xs: Any, slots: Any, states: Any, consts: Any, wanted: Any = None) -> tuple[Any, Any]:
     """((x, states), (what the last block saves, for each block what the blocks before it save, in host memory)).
 
-    A block saves its input and, in long rows, what `_linearise` says; without ``wanted`` nothing.
+    A block saves its input and what `_linearise` says; without ``wanted`` nothing.
     """
 
     def run(p: int, x: Array, own: Any) -> tuple[Array, list[Array]]:
-        if wanted is None or not _is_long(x):
+        if wanted is None:
             return blocks[p](x, *own, *consts[p]), []
         return _linearise(blocks[p], x, own, consts[p], (wanted[0][p], wanted[1][p]))[:2]
 

@@ -19,7 +19,7 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int = 1, **othe
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
     memory, from where each is fetched while another block runs (of rows of 8,192 tokens and more also attention's output); "dots" keeps
     matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work. The R columns A·x of each adapter are
-    kept by True and "dots": they are small, and recomputing them reads x again. Where blocks are recomputed, the decoder's MLPs take at
+    kept by all of them: they are small, and recomputing them reads x again. Where blocks are recomputed, the decoder's MLPs take at
     most 8,192 tokens at a time: more would need more memory and be no faster.
 
     >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint

@@ -1,4 +1,4 @@
-"""In long rows attention's output is kept in host memory, and attention is not computed again."""
+"""What waits in host memory beside a block's input is not computed again: adapters' columns, and in long rows attention."""
 
 import functools
 
@@ -61,6 +61,11 @@ def test_attention_is_computed_again_in_short_rows_alone(monkeypatch, long, root
     monkeypatch.setattr(offload, "_LONG", long)
     program, _ = gradient([block])
     assert program.as_text().count(" cbrt(") == roots
+
+
+def test_columns_of_adapters_are_kept_in_rows_of_any_length():
+    program, _ = gradient([lambda x, w: (x + root(x * w, "lora_u"), None)])
+    assert program.as_text().count(" cbrt(") == 1
 
 
 def test_beside_its_input_a_block_saves_attention_and_none_of_its_weights(monkeypatch):
