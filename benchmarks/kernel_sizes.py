@@ -116,6 +116,17 @@ def _swiglu(rows: int, shape: tuple[int, int], rank: int) -> Size:
     return Size(case=case, flops=(products, 2 * products))
 
 
+def _gated_gradients(rows: int, columns: int, rank: int) -> Size:
+    def case(key: Any) -> Case:
+        keys = jax.random.split(key, 6)
+        arrays = {n: jax.random.normal(k, (rows, columns), DTYPE) for n, k in zip(("e", "g", "dh"), keys[:3], strict=True)}
+        arrays |= {n: jax.random.normal(k, (rows, rank), DTYPE) for n, k in zip(("u_gate", "u_up", "du"), keys[3:], strict=True)}
+        return Case(arrays=arrays, static={}, wrt=())
+
+    flops = 6.0 * rows * columns * rank
+    return Size(case=case, flops=(flops, flops))
+
+
 SIZES: Mapping[str, Mapping[str, Size]] = {
     "attention": {
         "llama-3.1-8b, 4 x 2048": _attention(4, 2048, (32, 8), 128, causal=True),
@@ -134,6 +145,10 @@ SIZES: Mapping[str, Mapping[str, Size]] = {
     "lora_swiglu": {
         "8192 x 4096 -> 14336": _swiglu(8192, (14336, 4096), 16),
         "2048 x 4096 -> 14336": _swiglu(2048, (14336, 4096), 16),
+    },
+    "gated_gradients": {
+        "8192 x 14336, r 16": _gated_gradients(8192, 14336, 16),
+        "8192 x 18944, r 16": _gated_gradients(8192, 18944, 16),
     },
     "linear_cross_entropy": {
         "llama-3.1-8b, 8192 tokens": _cross_entropy(8192, 4096, 128256, weight_grad=False),

@@ -111,8 +111,8 @@ def caption(shown: Sequence[Point]) -> str:
     when = {name: sorted({p.date for p in shown if (p.system == "jaxlora") == own}) for name, own in (("jaxlora", True), ("rivals", False))}
     told = "; ".join(f"{name} {' and '.join(dates)}" for name, dates in when.items() if dates)
     apart = ", measured in different runs" if len({p.date for p in shown}) > 1 else ""
-    devices = " and ".join(sorted({p.device for p in shown}))
-    return f"One {devices}, random weights, LoRA r = 16 on every projection, every text token a label, optimizer included. {told}{apart}."
+    devices = " or ".join(sorted({p.device for p in shown}))
+    return f"One {devices}: random weights, LoRA r = 16 on every projection, every text token a label, optimizer included.\n{told}{apart}."
 
 
 def main() -> None:
@@ -131,9 +131,9 @@ def main() -> None:
     for ax, (panel, shown) in zip(axes[0], found, strict=True):
         draw(ax, panel, shown)
     axes[0][0].set_ylabel("tokens a second")
-    axes[0][0].legend(loc="lower right", frameon=False, fontsize=9)
+    axes[0][0].legend(loc="upper left", frameon=False, fontsize=9)
     figure.text(0.5, 0.01, caption([p for _, shown in found for p in shown]), ha="center", fontsize=8.5, color="#4b5563")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(args.target, dpi=130)
 
 

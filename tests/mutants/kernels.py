@@ -5,6 +5,7 @@ from record import Mutant
 REFERENCE = "tests/pallas_kernels/test_against_reference.py"
 FLOAT8 = "tests/jaxlora/weights/test_float8.py"
 GATED = "tests/jaxlora/nn/test_gated.py"
+LINEAR = "tests/jaxlora/nn/test_linear.py"
 TILES = "tests/jaxlora/nn/test_mlp.py"
 
 KERNEL_MUTANTS = [
@@ -31,6 +32,41 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "jaxlora/nn/linear.py", "residuals, cotangents[:2])", "residuals, cotangents[1::-1])", "gradients of gate and up swapped", GATED
+    ),
+    Mutant(
+        "jaxlora/nn/linear.py",
+        "gated_gradients(e, g, dh, us[0], us[1], du",
+        "gated_gradients(e, g, dh, us[1], us[0], du",
+        "gate's B gets the sums over up's columns",
+        GATED,
+    ),
+    Mutant(
+        "jaxlora/nn/linear.py",
+        "du = dy @ _scaled(down, dy.dtype)",
+        "du = dy @ down.b.astype(dy.dtype)",
+        "down's A without its scale",
+        GATED,
+    ),
+    Mutant(
+        "pallas_kernels/gated_gradients/xla.py",
+        "zip((de, dg), us",
+        "zip((dg, de), us",
+        "sums over the other projection's gradient",
+        REFERENCE,
+    ),
+    Mutant(
+        "jaxlora/weights/base.py",
+        "stacked(weights, x.dtype, right=b)",
+        "stacked(weights[::-1], x.dtype, right=b)",
+        "joined outputs swapped",
+        LINEAR,
+    ),
+    Mutant(
+        "pallas_kernels/linear_cross_entropy.py",
+        "b[1] * jnp.exp(b[0] - largest)",
+        "b[1]",
+        "a row's sum forgets to rescale",
+        "tests/pallas_kernels/test_linear_cross_entropy.py",
     ),
     Mutant(
         "jaxlora/nn/decoder.py",

@@ -21,14 +21,10 @@ from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
 from jaxlora.weights.nf4 import NF4
 from pallas_kernels import _tuned
-from pallas_kernels.gated_gradients import KERNEL as GRADIENTS
-from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.lora_swiglu import KERNEL
 from tests.jaxlora.models.test_parity import text_batch
 from tests.jaxlora.nn.test_linear import assert_close
-from tests.jaxlora.train import test_step
 from tests.pallas_kernels import h200
-from tests.tolerances import LEAF_REORDERED_FP32, REORDERED_FP32
 
 WIDTH, HIDDEN = 64, 96
 
@@ -77,25 +73,6 @@ def test_the_fused_path_is_the_other_one(kind, weight, ranks, fused):
     assert_close(value_and_gradients(mlp(kind, weight, ranks)), expected)
 
 
-@pytest.fixture
-def in_one_pass(monkeypatch):
-    """Takes the path of a kernel that makes the wide gradients, with the backend that runs anywhere; says how often."""
-    ran = []
-
-    def gradients(*args, **kwargs):
-        ran.append(1)
-        return gated_gradients(*args, **kwargs, backend="xla")
-
-    def take():
-        monkeypatch.setattr(linear_module, "GRADIENTS", dataclasses.replace(GRADIENTS, refuses=lambda name, *_, **__: None))
-        monkeypatch.setattr(linear_module, "gated_gradients", gradients)
-        return ran
-
-    linear_module._mlp_bwd.clear_cache()
-    yield take
-    linear_module._mlp_bwd.clear_cache()
-
-
 @pytest.mark.parametrize(("kind", "weight"), [(SwiGLU, Dense), (GeGLU, Int4), (SwiGLU, NF4)])
 def test_the_path_of_one_pass_over_wide_gradients_is_the_other_one(kind, weight, in_one_pass):
     expected = value_and_gradients(mlp(kind, weight))
@@ -104,16 +81,16 @@ def test_the_path_of_one_pass_over_wide_gradients_is_the_other_one(kind, weight,
     assert ran
 
 
-@pytest.mark.parametrize("remat", [False, True, "dots", "unsloth"])
-def test_that_path_has_the_gradients_of_the_other_under_every_policy(remat, in_one_pass):
-    values, graphdef, trainable, frozen = test_step.adapted()
-    batch = test_step.split(test_step.rows(2), values, 2, accumulate=1)
-    expected_loss, expected = test_step.gradient_under(False)
-    ran = in_one_pass()
-    loss, gradient = jax.jit(lambda *trees: value_and_grad(graphdef, *trees, execution(remat)))(trainable, frozen, batch)
-    assert abs(float(loss / expected_loss) - 1) <= REORDERED_FP32
-    assert test_step.largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
-    assert ran
+@pytest.mark.parametrize("reason", ["one adapter less", "a bias", "dropout"])
+def test_one_pass_is_not_all_there_is_to_other_mlps(reason, in_one_pass):
+    made = mlp(ranks=(4, 3, None) if reason == "one adapter less" else (4, 3, 2), dropout=0.5 if reason == "dropout" else 0.0)
+    if reason == "a bias":
+        made.up_proj.bias = nnx.data(nnx.Param(normal(50, HIDDEN)))
+    keys = {"up_proj": jax.random.key(0)} if reason == "dropout" else None
+    expected, ran = made(normal(30, 5, WIDTH), keys), in_one_pass()
+    np.testing.assert_array_equal(made(normal(30, 5, WIDTH), keys), expected)
+    jax.grad(lambda x: made(x, keys).sum())(normal(30, 5, WIDTH))
+    assert not ran
 
 
 @pytest.mark.parametrize(

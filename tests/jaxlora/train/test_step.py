@@ -98,6 +98,18 @@ def test_remat_changes_neither_loss_nor_gradient(policy, options):
     assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
 
 
+@pytest.mark.parametrize("policy", [True, "dots", "unsloth"])
+def test_wide_gradients_of_one_pass_are_the_others_under_every_policy(policy, in_one_pass):
+    expected_loss, expected = gradient_under(False)
+    ran = in_one_pass()
+    values, graphdef, trainable, frozen = adapted()
+    batch = split(rows(2), values, 2, accumulate=1)
+    loss, gradient = jax.jit(lambda *trees: value_and_grad(graphdef, *trees, execution(policy)))(trainable, frozen, batch)
+    assert abs(float(loss / expected_loss) - 1) <= REORDERED_FP32
+    assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
+    assert ran
+
+
 def test_attention_that_is_kept_in_host_memory_changes_neither_loss_nor_gradient(monkeypatch):
     monkeypatch.setattr(offload, "_LONG", 1)
     (loss, gradient), (expected_loss, expected) = gradient_under.__wrapped__("unsloth"), gradient_under(False)
