@@ -21,7 +21,7 @@ _VISION = ("vision", "image", "visual", "patch")
 _ATTENTION = ("self_attn", "cross_attn", "attention", "attn", "mixer")
 _MLP = ("mlp", "feed_forward", "ffn", "dense", "mixer")
 
-_RANGE = re.compile(r"\d+:\d+:\d+")
+_RANGE = re.compile(r"\d+(,\d+)*:\d+:\d+")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -46,8 +46,18 @@ def classify(path: str) -> tuple[str, str]:
     return tower, "attention" if tagged(_ATTENTION) else "mlp" if tagged(_MLP) else "other"
 
 
+def layers_of(key: str) -> list[int]:
+    """Returns the layers of a range ``start,…:stop:step`` in order: every step-th one from each start on.
+
+    >>> layers_of("1:6:2"), layers_of("0,1:8:4")
+    ([1, 3, 5], [0, 1, 4, 5])
+    """
+    starts, stop, step = key.split(":")
+    return sorted(layer for start in starts.split(",") for layer in range(int(start), int(stop), int(step)))
+
+
 def expand(path: str) -> list[str]:
-    """Returns the path of each layer of a stacked path, whose layer segment is a ``start:stop:step`` range.
+    """Returns the path of each layer of a stacked path, whose layer segment is a range as `layers_of` has it.
 
     >>> expand("model.layers.1:6:2.mlp.up_proj")
     ['model.layers.1.mlp.up_proj', 'model.layers.3.mlp.up_proj', 'model.layers.5.mlp.up_proj']
@@ -57,7 +67,7 @@ def expand(path: str) -> list[str]:
     if not at:
         return [path]
     (i,) = at
-    return [".".join([*segments[:i], str(layer), *segments[i + 1 :]]) for layer in range(*map(int, segments[i].split(":")))]
+    return [".".join([*segments[:i], str(layer), *segments[i + 1 :]]) for layer in layers_of(segments[i])]
 
 
 def is_stacked(path: str) -> bool:
@@ -93,7 +103,7 @@ class Selection:
     def mask(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """Returns one bool for each leaf of a nested dict: whether it belongs to a selected Linear.
 
-        The tree's keys are path segments; a segment ``start:stop:step`` stands for stacked layers. Works as the mask of ``optax.masked``.
+        The tree's keys are path segments; a segment ``start,…:stop:step`` stands for stacked layers. Works as the mask of ``optax.masked``.
 
         Raises:
           ValueError: where some but not all layers of a stacked leaf are selected; names the layers.

@@ -20,6 +20,7 @@ from jaxlora.nn.decoder import Decoder, DecoderConfig, DecoderLayer, Execution, 
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.stack import fold_path
 from jaxlora.nn.tiles import TilesConfig, TilesTower
+from jaxlora.select import layers_of
 from jaxlora.typing import Array, Float, Int
 from jaxlora.weights.dense import Dense
 
@@ -102,7 +103,7 @@ class Mllama(nnx.Module):
         def empty(key: str) -> Any:
             if isinstance(getattr(layers, key), CrossLayer):
                 return None
-            count = len(range(*map(int, key.split(":"))))
+            count = len(layers_of(key))
             return (jnp.zeros((count, batch, length, text.num_key_value_heads, text.head_dim), dtype),) * 2
 
         return {key: empty(key) for key in layers.keys}

@@ -16,7 +16,8 @@ from jaxlora.nn.embed import Embed, features_at
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.mlp import GeGLU, SwiGLU, by_tiles
 from jaxlora.nn.norm import CentredRMSNorm, RMSNorm
-from jaxlora.nn.stack import Scan, Stack
+from jaxlora.nn.scan import Scan
+from jaxlora.nn.stack import Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import AbstractWeight
 from jaxlora.weights.lora import LoRA

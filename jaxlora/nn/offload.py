@@ -9,16 +9,16 @@ attention is what costs most to recompute, its output and log-sum-exp.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora.nn.vjp import Wanted, hoisted, is_zero, values
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, values
 from jaxlora.typing import Array
 
-type Block = Callable[..., Array]
+type Block = Callable[..., tuple[Array, None]]
 
 _SAVED = ("lora_u",)
 _SAVED_OF_LONG_ROWS = (*_SAVED, "attn_out", "attn_lse")
@@ -27,114 +27,78 @@ _SAVED_OF_LONG_ROWS = (*_SAVED, "attn_out", "attn_lse")
 _LONG = 8192
 
 
-def scan_offloaded(
-    blocks: Sequence[Block], x: Array, xs: Sequence[Any], slots: Sequence[Array | None], states: Array | None
-) -> tuple[Array, Array | None]:
-    """Scans x through periods of ``blocks``: ``block(x, *each) -> (x, None)`` gets a slice of its own ``xs``.
+def scan_offloaded(block: Block, x: Array, xs: Any, slots: Array | None, states: Array | None) -> tuple[Array, Array | None]:
+    """Scans x through layers that are all alike: ``block(x, own) -> (x, None)`` gets a slice of ``xs``.
 
-    Every block's input goes to host memory. Where a block has ``slots`` [periods], its input is also written to that slot of ``states``; a
-    slot beyond the last is none. Returns (x, states).
+    Every block's input goes to host memory. Where there are ``slots`` [layers], it is also written to its slot of ``states``; a slot
+    beyond the last is none. Returns (x, states).
     """
-    converted, consts = [], []
-    for block, own in zip(blocks, xs, strict=True):
-        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), own)
-        call, over = hoisted(lambda x, *each, block=block: block(x, *each)[0], jax.ShapeDtypeStruct(x.shape, x.dtype), *one)
-        converted.append(call)
-        consts.append(over)
-    return _scan(tuple(converted), x, tuple(xs), slots, states, tuple(consts))
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
+    call, over = hoisted(block, jax.ShapeDtypeStruct(x.shape, x.dtype), one)
+    return _scan(call, x, xs, slots, states, over)
 
 
-def _linearise(
-    block: Block, x: Array, own: Any, const: Any, wanted: tuple[Wanted, Wanted]
-) -> tuple[Array, list[Array], Callable[[Array, Sequence[Array]], Any]]:
-    """(block(x), what to save of it beside x, ``pull(dy, saved)``: the gradients by x and by what is wanted of ``own`` and ``const``)."""
-    mine, theirs = wanted
-
-    def call(x: Array, few: Any, held: Any) -> Array:
-        return block(x, *mine.put(few, own), *theirs.put(held, const))
-
+def recomputing(x: Array) -> dict[str, Any]:
+    """The arguments of `jax.checkpoint` for a block of such an input."""
     names = _SAVED_OF_LONG_ROWS if x.shape[-2] >= _LONG else _SAVED
-    policy = jax.checkpoint_policies.save_only_these_names(*names)
-    out, pull = jax.vjp(jax.checkpoint(call, policy=policy, prevent_cse=False), x, mine.of_these(own), theirs.of_these(const))
-    leaves, treedef = jax.tree.flatten(pull)
-    # What ``pull`` holds of the arguments are the very same arrays: the rest is what the policy saves.
-    given = {id(leaf) for leaf in jax.tree.leaves((x, own, const))}
-    places = [i for i, leaf in enumerate(leaves) if id(leaf) not in given]
-
-    def resume(dy: Array, saved: Sequence[Array]) -> Any:
-        filled = dict(enumerate(leaves)) | dict(zip(places, saved, strict=True))
-        return treedef.unflatten([filled[i] for i in range(len(leaves))])(dy)
-
-    return out, [leaves[i] for i in places], resume
+    return {"policy": jax.checkpoint_policies.save_only_these_names(*names), "prevent_cse": False}
 
 
-def _forward(blocks: Sequence[Block], x: Array, xs: Any, slots: Any, states: Any, consts: Any, wanted: Any = None) -> tuple[Any, Any]:
-    """((x, states), (what the last block saves, for each block what the blocks before it save, in host memory)).
+def _forward(block: Block, x: Array, xs: Any, slots: Any, states: Any, const: Any, wanted: Any = None) -> tuple[Any, Any]:
+    """((x, states), (what the last block saves, for each block what the block before it saves, in host memory)).
 
-    A block saves its input and what `_linearise` says; without ``wanted`` nothing.
+    A block saves its input and what `linearise` says; without ``wanted`` nothing.
     """
 
-    def run(p: int, x: Array, own: Any) -> tuple[Array, list[Array]]:
+    def run(x: Array, own: Any) -> tuple[Array, list[Array]]:
         if wanted is None:
-            return blocks[p](x, *own, *consts[p]), []
-        return _linearise(blocks[p], x, own, consts[p], (wanted[0][p], wanted[1][p]))[:2]
+            return block(x, own, *const)[0], []
+        (x, _), saved, _ = linearise(block, x, own, const, wanted, recomputing(x), keep=True)
+        return x, saved
 
-    def body(carry: Any, each: Any) -> tuple[Any, list[Any]]:
-        (x, before, states), sent = carry, []
-        for p, (own, slot) in enumerate(each):
-            states = states if slot is None else states.at[slot].set(x, mode="drop")
-            if wanted is not None:
-                sent.append(jax.device_put(before, jax.memory.Space.Host))
-            here, (x, saved) = x, run(p, x, own)
-            before = None if wanted is None else [here, *saved]
-        return (x, before, states), sent
+    def body(carry: Any, each: Any) -> tuple[Any, Any]:
+        (x, before, states), (own, slot) = carry, each
+        states = states if slot is None else states.at[slot].set(x, mode="drop")
+        sent = None if wanted is None else jax.device_put(before, jax.memory.Space.Host)
+        here, (x, saved) = x, run(x, own)
+        return (x, None if wanted is None else [here, *saved], states), sent
 
-    last = len(blocks) - 1
-    saved = jax.eval_shape(lambda x, own: run(last, x, own)[1], x, jax.tree.map(lambda a: a[0], xs[last]))
+    saved = jax.eval_shape(lambda x, own: run(x, own)[1], x, jax.tree.map(lambda a: a[0], xs))
     nothing = None if wanted is None else [x, *(jnp.zeros(a.shape, a.dtype) for a in saved)]
-    (x, before, states), sent = jax.lax.scan(body, (x, nothing, states), list(zip(xs, slots, strict=True)))
+    (x, before, states), sent = jax.lax.scan(body, (x, nothing, states), (xs, slots))
     return (x, states), (before, sent)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(blocks: tuple[Block, ...], x: Array, xs: Any, slots: Any, states: Any, consts: Any) -> tuple[Array, Any]:
-    return _forward(blocks, x, xs, slots, states, consts)[0]
+def _scan(block: Block, x: Array, xs: Any, slots: Any, states: Any, const: Any) -> tuple[Array, Any]:
+    return _forward(block, x, xs, slots, states, const)[0]
 
 
-def _scan_fwd(blocks: tuple[Block, ...], x: Any, xs: Any, slots: Any, states: Any, consts: Any) -> tuple[Any, Any]:
-    wanted = tuple(map(Wanted.of, xs)), tuple(map(Wanted.of, consts))
-    x, xs, slots, states, consts = values((x, xs, slots, states, consts))
-    out, saved = _forward(blocks, x, xs, slots, states, consts, wanted)
-    return out, (*saved, xs, slots, consts, wanted)
+def _scan_fwd(block: Block, x: Any, xs: Any, slots: Any, states: Any, const: Any) -> tuple[Any, Any]:
+    wanted = Wanted.of(xs), Wanted.of(const)
+    x, xs, slots, states, const = values((x, xs, slots, states, const))
+    out, saved = _forward(block, x, xs, slots, states, const, wanted)
+    return out, (*saved, xs, slots, const, wanted)
 
 
-def _scan_bwd(blocks: tuple[Block, ...], residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    last, sent, xs, slots, consts, (wanted_xs, wanted_consts) = residuals
+def _scan_bwd(block: Block, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    last, sent, xs, slots, const, wanted = residuals
     dx, dstates = cotangents
     dx = jnp.zeros(dx.shape, dx.dtype) if is_zero(dx) else dx
     dstates = None if dstates is None or is_zero(dstates) else dstates
 
-    def body(carry: Any, each: Any) -> tuple[Any, list[Any]]:
-        (dx, before, dconsts), (waiting, own, slot) = carry, each
-        dconsts, dxs = list(dconsts), [None] * len(blocks)
-        for p in reversed(range(len(blocks))):
-            (here, *kept), before = before, jax.device_put(waiting[p], jax.memory.Space.Device)
-            pull = _linearise(blocks[p], here, own[p], consts[p], (wanted_xs[p], wanted_consts[p]))[2]
-            dx, dxs[p], added = pull(dx, kept)
-            dconsts[p] = jax.tree.map(jnp.add, dconsts[p], added)
-            if dstates is not None:
-                dx = dx + dstates.at[slot[p]].get(mode="fill", fill_value=0)
-        return (dx, before, dconsts), dxs
+    def body(carry: Any, each: Any) -> tuple[Any, Any]:
+        ((dx, (here, *kept), dconst), (waiting, own, slot)) = carry, each
+        before = jax.device_put(waiting, jax.memory.Space.Device)
+        pull = linearise(block, here, own, const, wanted, recomputing(here), keep=True)[2]
+        dx, down, added = pull((dx, None), kept)
+        if dstates is not None:
+            dx = dx + dstates.at[slot].get(mode="fill", fill_value=0)
+        return (dx, before, jax.tree.map(jnp.add, dconst, added)), down
 
-    nothing = [jax.tree.map(jnp.zeros_like, w.of_these(c)) for w, c in zip(wanted_consts, consts, strict=True)]
-    (dx, _, dconsts), dxs = jax.lax.scan(body, (dx, last, nothing), (sent, xs, slots), reverse=True)
-    return (
-        dx,
-        tuple(w.gradient(d, own) for w, d, own in zip(wanted_xs, dxs, xs, strict=True)),
-        None,
-        None,
-        tuple(w.gradient(d, own) for w, d, own in zip(wanted_consts, dconsts, consts, strict=True)),
-    )
+    nothing = jax.tree.map(jnp.zeros_like, wanted[1].of_these(const))
+    (dx, _, dconst), dxs = jax.lax.scan(body, (dx, last, nothing), (sent, xs, slots), reverse=True)
+    return dx, wanted[0].gradient(dxs, xs), None, None, wanted[1].gradient(dconst, const)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd, symbolic_zeros=True)

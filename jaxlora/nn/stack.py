@@ -2,10 +2,9 @@
 
 A block's structure is its static attributes and the shapes of its leaves: which Linears, in which format, with which adapter rank.
 Layers of equal structure are stacked on axis 0 and scanned; a pattern of structures (one full-attention layer after five sliding ones)
-is scanned by its shortest repeating period.
+is scanned by its shortest repeating period, the layers of each structure in one stack.
 """
 
-import dataclasses
 import itertools
 import logging
 import zlib
@@ -14,72 +13,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxlora.errors import raise_all
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.offload import scan_offloaded
-from jaxlora.select import expand
+from jaxlora.nn.scan import Block, Run, Scan, scan_periods
+from jaxlora.select import expand, layers_of
 from jaxlora.typing import Array, PRNGKeyArray
 
 log = logging.getLogger(__name__)
 
 MANY_RUNS = 8
-
-type Policy = Callable[..., Any]
-type Remat = Policy | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
-    nothing but its input). With ``offload`` these inputs are in pinned host memory, and nothing else is kept; layers then return nothing of
-    their own. ``unroll`` periods are compiled one after the other.
-
-    Raises:
-      ValueError: ``offload`` without ``checkpoint``, or with a policy or unrolling, which it would not follow.
-    """
-
-    checkpoint: bool = False
-    remat: Remat = None
-    offload: bool = False
-    unroll: int = 1
-
-    def __post_init__(self) -> None:
-        if self.offload and (not self.checkpoint or self.remat is not None or self.unroll != 1):
-            raise ValueError(f"offload recomputes all of each block, one at a time: it needs checkpoint and nothing else, got {self}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """``repeats`` periods of ``period`` layers each, from layer ``start``."""
-
-    start: int
-    period: int
-    repeats: int
-
-    @property
-    def stop(self) -> int:
-        """One past its last layer."""
-        return self.start + self.period * self.repeats
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """One ``start:stop:step`` a position in the period: the layers that are stacked together."""
-        return tuple(f"{self.start + p}:{self.stop}:{self.period}" for p in range(self.period))
+_KEPT = Scan()
 
 
 def layout(structures: Sequence[Hashable]) -> tuple[Run, ...]:
     """Covers the layers by runs of repeating periods: at each layer the one that covers most, of these the shortest period.
 
     >>> layout("aaaa")
-    (Run(start=0, period=1, repeats=4),)
+    (Run(start=0, kinds=(0,), repeats=4),)
     >>> layout("aabaabaa")
-    (Run(start=0, period=3, repeats=2), Run(start=6, period=1, repeats=2))
+    (Run(start=0, kinds=(0, 0, 1), repeats=2), Run(start=6, kinds=(0,), repeats=2))
     """
     runs, at, n = [], 0, len(structures)
     while at < n:
-        best = Run(at, 1, 1)
+        best, most = 1, 1
         for period in range(1, (n - at) // 2 + 1):
             repeats = 1
             while all(
@@ -87,15 +47,16 @@ def layout(structures: Sequence[Hashable]) -> tuple[Run, ...]:
                 for i in range(period)
             ):
                 repeats += 1
-            if repeats > 1 and period * repeats > best.period * best.repeats:
-                best = Run(at, period, repeats)
-        runs.append(best)
-        at = best.stop
+            if repeats > 1 and period * repeats > best * most:
+                best, most = period, repeats
+        numbers = {structure: kind for kind, structure in enumerate(dict.fromkeys(structures[at : at + best]))}
+        runs.append(Run(at, tuple(numbers[structure] for structure in structures[at : at + best]), most))
+        at = runs[-1].stop
     return tuple(runs)
 
 
 class Stack(nnx.Module):
-    """``len(blocks)`` layers; attribute ``start:stop:step`` holds the layers of that range, their leaves stacked on axis 0.
+    """``len(blocks)`` layers; attribute ``start,…:stop:step`` holds the layers of that range, their leaves stacked on axis 0 in order.
 
     A block is called ``block(x, shared, per_layer) -> (x, out)``; ``path`` is the stack's own path in the model.
     """
@@ -105,7 +66,7 @@ class Stack(nnx.Module):
         self.depth = len(blocks)
         self.runs = layout([structure(block) for block in blocks])
         for key in self.keys:
-            graphdef, states = _split_all([blocks[i] for i in range(*map(int, key.split(":")))])
+            graphdef, states = _split_all([blocks[i] for i in layers_of(key)])
             setattr(self, key, nnx.merge(graphdef, jax.tree.map(lambda *leaves: _stack_leaves(leaves), *states)))
         if len(self.runs) > MANY_RUNS:
             log.warning(
@@ -122,7 +83,7 @@ class Stack(nnx.Module):
         per_layer: Any = None,
         *,
         collect: Sequence[int] = (),
-        scan: Scan = Scan(),
+        scan: Scan = _KEPT,
     ) -> tuple[Array, list[Array], Any]:
         """Runs the layers in order; returns (x, collected, per_layer_out).
 
@@ -131,11 +92,11 @@ class Stack(nnx.Module):
         returned (index ``depth``: the output).
         """
         inputs: dict[int, Array] = {}
-        outs: list[tuple[Sequence[int], Any]] = []
+        outs: list[tuple[list[int], Any]] = []
         for run in self.runs:
             wanted = sorted({i for i in collect if run.start <= i < run.stop})
             x, states, run_outs = self._run(run, x, shared, per_layer, wanted, scan)
-            outs += [(range(*map(int, key.split(":"))), out) for key, out in zip(run.keys, run_outs, strict=True)]
+            outs += [(layers_of(key), out) for key, out in zip(run.keys, run_outs, strict=True)]
             inputs.update({layer: states[i] for i, layer in enumerate(wanted)})
         if self.depth in collect:
             inputs[self.depth] = x
@@ -144,45 +105,41 @@ class Stack(nnx.Module):
 
     @property
     def keys(self) -> list[str]:
-        """``start:stop:step`` of each set of layers that are stacked together."""
+        """``start,…:stop:step`` of each set of layers that are stacked together."""
         return list(itertools.chain.from_iterable(run.keys for run in self.runs))
 
-    def _run(self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], scan: Scan) -> tuple[Array, Any, Any]:
-        """(x, the inputs of the ``wanted`` layers on a first axis, what each position's layers returned)."""
+    def _run(self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], scan: Scan) -> tuple[Array, Any, list[Any]]:
+        """(x, the inputs of the ``wanted`` layers on a first axis, what the layers of each kind returned)."""
         splits = [nnx.split(getattr(self, key)) for key in run.keys]
-        extras = [_of_layers(per_layer, key) for key in run.keys]
-        unroll = min(scan.unroll, run.repeats)
+        owns = [(state, _of_layers(per_layer, key)) for (_, state), key in zip(splits, run.keys, strict=True)]
 
-        def block(graphdef: Any) -> Callable[..., Any]:
-            def call(x: Array, state: Any, extra: Any) -> Any:
-                return nnx.merge(graphdef, state)(x, shared, extra)
+        def of_kind(graphdef: Any) -> Block:
+            def block(x: Array, own: Any) -> tuple[Array, Any]:
+                state, extra = own
+                x, out = nnx.merge(graphdef, state)(x, shared, extra)
+                return x, None if scan.offload else out
 
-            # Outside a loop, XLA would find the recomputed block to be the first one, and keep all of it.
-            once = unroll == run.repeats > 1
-            whole = jax.checkpoint(call, policy=scan.remat, prevent_cse=once) if scan.checkpoint and not scan.offload else call
-            # In a period, layers of one structure are calls of one function, and what layers of several have in common is one too.
-            return jax.jit(whole) if len(splits) > 1 else whole
+            return block
 
-        made = {graphdef: block(graphdef) for graphdef, _ in splits}
-        calls = [made[graphdef] for graphdef, _ in splits]
-        xs = [(split[1], extra) for split, extra in zip(splits, extras, strict=True)]
-        slots = [jnp.array([(*wanted, i).index(i) for i in range(*map(int, key.split(":")))]) if wanted else None for key in run.keys]
+        blocks = [of_kind(graphdef) for graphdef, _ in splits]
+        # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
+        slots = jnp.array([(*wanted, i).index(i) for i in range(run.start, run.stop)]) if wanted else None
         states = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
+        if len(blocks) > 1:
+            return scan_periods(run, scan, blocks, x, owns, slots, states)
+        (block,), (own,) = blocks, owns
         if scan.offload:
-            x, states = scan_offloaded(calls, x, xs, slots, states)
-            return x, states, [None] * len(calls)
+            return *scan_offloaded(block, x, own, slots, states), [None]
+        whole = jax.checkpoint(block, policy=scan.policy, prevent_cse=scan.once(run.repeats)) if scan.checkpoint else block
 
         def body(carry: Any, each: Any) -> Any:
-            (x, states), results = carry, []
-            for call, own, slot in zip(calls, *each, strict=True):
-                # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
-                states = states.at[slot].set(x, mode="drop") if wanted else states
-                x, out = call(x, *own)
-                results.append(out)
-            return (x, states), results
+            (x, states), (own, slot) = carry, each
+            states = states.at[slot].set(x, mode="drop") if wanted else states
+            x, out = whole(x, own)
+            return (x, states), out
 
-        (x, states), results = jax.lax.scan(body, (x, states), (xs, slots), unroll=unroll)
-        return x, states, results
+        (x, states), out = jax.lax.scan(body, (x, states), (own, slots), unroll=min(scan.unroll, run.repeats))
+        return x, states, [out]
 
     def regroup(self, edit: Callable[[int, nnx.Module], None]) -> "Stack":
         """Returns the stack after ``edit(layer, block)`` changed each layer's structure, its arrays moved into the new runs.
@@ -231,7 +188,7 @@ class Stack(nnx.Module):
         return {name: jnp.stack([found.get(str(i), key) for i in range(self.depth)]) for name, found in keys.items()}
 
     def _abstract_block(self, layer: int) -> nnx.Module:
-        key = next(k for k in self.keys if layer in range(*map(int, k.split(":"))))
+        key = next(k for k in self.keys if layer in layers_of(k))
         graphdef, state = nnx.split(getattr(self, key))
         return nnx.merge(graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state))
 
@@ -362,10 +319,14 @@ def _take(leaf: Any, i: int) -> Any:
 
 def _of_layers(per_layer: Any, key: str) -> Any:
     """What the layers of a key get."""
-    return per_layer[key] if isinstance(per_layer, dict) else jax.tree.map(lambda a: a[slice(*map(int, key.split(":")))], per_layer)
+    if isinstance(per_layer, dict):
+        return per_layer[key]
+    starts, stop, step = key.split(":")
+    at = np.array(layers_of(key)) if "," in starts else slice(int(starts), int(stop), int(step))
+    return jax.tree.map(lambda a: a[at], per_layer)
 
 
-def _in_layer_order(outs: list[tuple[Sequence[int], Any]]) -> Any:
+def _in_layer_order(outs: list[tuple[list[int], Any]]) -> Any:
     if not jax.tree.leaves([out for _, out in outs]):
         return None
     if len(outs) == 1:

@@ -1,7 +1,7 @@
 """What functions need that bring a backward of their own (`jax.custom_vjp` with symbolic zeros)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,6 +55,39 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
         return treedef.unflatten(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, over))(*jax.tree.leaves(given)))
 
     return call, list(closed.consts)
+
+
+def linearise(
+    block: Callable[..., Any],
+    x: Any,
+    own: Any,
+    const: Sequence[Any],
+    wanted: tuple[Wanted, Wanted],
+    how: Mapping[str, Any] | None,
+    *,
+    keep: bool,
+) -> tuple[Any, list[Any], Callable[[Any, Sequence[Any]], Any]]:
+    """(block(x, own, *const), what to save of it, ``pull(dy, saved)``: the gradients by x and by what is ``wanted`` of own and const).
+
+    ``how`` are arguments of `jax.checkpoint`, or None where it is not used. Without ``keep`` nothing is saved: ``pull`` computes it again.
+    """
+    mine, theirs = wanted
+
+    def call(x: Any, few: Any, held: Any) -> Any:
+        return block(x, mine.put(few, own), *theirs.put(held, const))
+
+    whole = call if how is None else jax.checkpoint(call, **how)
+    out, pull = jax.vjp(whole, x, mine.of_these(own), theirs.of_these(const))
+    leaves, treedef = jax.tree.flatten(pull)
+    # What ``pull`` holds of the arguments are the very same arrays.
+    given = {id(leaf) for leaf in jax.tree.leaves((x, own, const))}
+    places = [i for i, leaf in enumerate(leaves) if id(leaf) not in given] if keep else []
+
+    def resume(dy: Any, saved: Sequence[Any]) -> Any:
+        filled = dict(enumerate(leaves)) | dict(zip(places, saved, strict=True))
+        return treedef.unflatten([filled[i] for i in range(len(leaves))])(dy)
+
+    return out, [leaves[i] for i in places], resume
 
 
 def values(tree: Any) -> Any:

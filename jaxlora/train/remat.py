@@ -6,7 +6,7 @@ import jax
 
 from jaxlora.errors import nearest
 from jaxlora.nn.decoder import Execution
-from jaxlora.nn.stack import Scan
+from jaxlora.nn.scan import Scan
 
 # Tokens: products of this many rows are as fast as any, and weights are decoded anew for each tile.
 MLP_TILE = 8192
@@ -19,8 +19,8 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int = 1, **othe
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
     memory, from where each is fetched while another block runs (of rows of 8,192 tokens and more also attention's output); "dots" keeps
     matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work. The R columns A·x of each adapter are
-    kept by all of them: they are small, and recomputing them reads x again. Where blocks are recomputed, the decoder's MLPs take at
-    most 8,192 tokens at a time: more would need more memory and be no faster.
+    kept by "dots" and "unsloth" and, where all layers are alike, by True: they are small, and recomputing them reads x again. Where blocks
+    are recomputed, the decoder's MLPs take at most 8,192 tokens at a time: more would need more memory and be no faster.
 
     >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint
     (True, False)
@@ -33,7 +33,7 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int = 1, **othe
         case False:
             return Execution(scan=Scan(unroll=unroll), **other)
         case True:
-            return Execution(scan=Scan(checkpoint=True, remat=saved("lora_u"), unroll=unroll), **{"mlp_tile": MLP_TILE, **other})
+            return Execution(scan=Scan(checkpoint=True, columns=True, unroll=unroll), **{"mlp_tile": MLP_TILE, **other})
         case "unsloth":
             return Execution(scan=Scan(checkpoint=True, offload=True, unroll=unroll), **{"mlp_tile": MLP_TILE, **other})
         case "dots":

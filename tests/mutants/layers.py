@@ -11,13 +11,16 @@ LAYER_MUTANTS = [
     Mutant("jaxlora/nn/norm.py", "jnp.mean(g * normed, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
     Mutant("jaxlora/nn/offload.py", "[here, *saved]", "[before[0], *saved]", "every block is recomputed from the first input", STACK),
     Mutant("jaxlora/nn/offload.py", "if x.shape[-2] >= _LONG", "if False", "attention of long rows is computed again", OFFLOAD),
+    Mutant("jaxlora/nn/offload.py", "jnp.add, dconst, added", "lambda a, b: b, dconst, added", "what blocks share, by one of them", STACK),
+    Mutant("jaxlora/nn/scan.py", "jnp.add, dconsts, dconst", "lambda a, b: b, dconsts, dconst", "what kinds share, by one layer", STACK),
+    Mutant("jaxlora/nn/scan.py", "_put(downs, i, down)", "_put(downs, 0, down)", "all gradients of a kind in one place", STACK),
+    Mutant("jaxlora/nn/scan.py", " + self.kinds[:p].count(kind)", "", "a period's layers of a kind are one layer", STACK),
+    Mutant("jaxlora/nn/scan.py", "else [here, *saved]", "else [x, *saved]", "layers are recomputed from their outputs", STACK),
+    Mutant("jaxlora/nn/scan.py", "repeats - 1 - done if reverse else done", "done", "the backward begins with the first period", STACK),
     Mutant(
-        "jaxlora/nn/offload.py",
-        "jnp.add, dconsts[p], added",
-        "lambda a, b: b, dconsts[p], added",
-        "what blocks share, by one of them",
-        STACK,
+        "jaxlora/nn/scan.py", "_take(dout, i)", "jax.tree.map(jnp.zeros_like, _take(dout, i))", "no gradient of what layers return", STACK
     ),
+    Mutant("jaxlora/select.py", "return sorted(layer for", "return list(layer for", "stacked layers in the order of their starts", STACK),
     Mutant("jaxlora/nn/offload.py", "if dstates is not None:", "if False:", "collected states have no gradient", STACK),
     Mutant(
         "jaxlora/nn/mlp.py",

@@ -18,7 +18,7 @@ from jaxlora.models.spec import Batch
 from jaxlora.nn import attention as attention_module
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
-from jaxlora.select import by_flags, by_pattern, expand, is_stacked
+from jaxlora.select import by_flags, by_pattern, expand, is_stacked, layers_of
 from jaxlora.train.remat import execution
 from tests.jaxlora import reference
 from tests.jaxlora.models.gemma3 import (
@@ -92,8 +92,8 @@ def test_every_decoder_attention_and_mlp_gives_what_transformers_gives(part):
     features = shared_model().model.multi_modal_projector(shared_model().model.vision_tower(batch, Execution(), jnp.float32))
     x = architecture.fuse(decoder.embed_tokens(batch.input_ids), features, batch.vision_index)
     for i in range(decoder.layers.depth):
-        key = next(k for run in decoder.layers.runs for k in run.keys if i in range(*map(int, k.split(":"))))
-        at = list(range(*map(int, key.split(":")))).index(i)
+        key = next(k for run in decoder.layers.runs for k in run.keys if i in layers_of(k))
+        at = layers_of(key).index(i)
         graphdef, state = nnx.split(getattr(decoder.layers, key))
         layer = nnx.merge(graphdef, jax.tree.map(lambda a, at=at: a[at], state))
         attended = layer.self_attn(layer.input_layernorm(x), shared, attention_module.LayerInputs())[0]

@@ -16,7 +16,7 @@ from jaxlora.nn.attention import LayerInputs
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
 from jaxlora.nn.vision import fuse
-from jaxlora.select import by_flags, by_pattern, expand, is_stacked
+from jaxlora.select import by_flags, by_pattern, expand, is_stacked, layers_of
 from jaxlora.train.remat import execution
 from tests.jaxlora import reference
 from tests.jaxlora.models.llava import (
@@ -89,11 +89,11 @@ def test_projector_and_final_norm_give_what_transformers_gives(name):
     assert np.abs(at_tokens(name, hidden) - at_tokens(name, expected(name)["module:model.language_model.norm"])).max() <= LOGITS_FP32
 
 
-def layers_of(stack):
+def each_layer(stack):
     """The layers one by one."""
     for i in range(stack.depth):
-        key = next(k for run in stack.runs for k in run.keys if i in range(*map(int, k.split(":"))))
-        at = list(range(*map(int, key.split(":")))).index(i)
+        key = next(k for run in stack.runs for k in run.keys if i in layers_of(k))
+        at = layers_of(key).index(i)
         graphdef, state = nnx.split(getattr(stack, key))
         yield nnx.merge(graphdef, jax.tree.map(lambda a, at=at: a[at], state))
 
@@ -115,7 +115,7 @@ def test_every_attention_and_mlp_of_both_towers_gives_what_transformers_gives(na
     of_pixtral = name in OF_ANY_SIZE
     first, second = ("attention", "feed_forward") if of_pixtral else ("self_attn", "mlp")
     norms = ("attention_norm", "ffn_norm") if of_pixtral else ("layer_norm1", "layer_norm2")
-    for i, layer in enumerate(layers_of(tower.transformer.layers if of_pixtral else tower.encoder.layers)):
+    for i, layer in enumerate(each_layer(tower.transformer.layers if of_pixtral else tower.encoder.layers)):
         attended = getattr(layer, first)(getattr(layer, norms[0])(x), shared, {})
         made = getattr(layer, second)(getattr(layer, norms[1])(x + attended), {})
         for part, state in ((first, attended), (second, made)):
@@ -127,7 +127,7 @@ def test_every_attention_and_mlp_of_both_towers_gives_what_transformers_gives(na
         decoder.shared(batch.position_ids, segments, jnp.float32),
         fuse(decoder.embed_tokens(batch.input_ids), features, batch.vision_index),
     )
-    for i, layer in enumerate(layers_of(decoder.layers)):
+    for i, layer in enumerate(each_layer(decoder.layers)):
         attended = layer.self_attn(layer.input_layernorm(x), shared, LayerInputs())[0]
         made = layer.mlp(layer.post_attention_layernorm(x + attended))
         for part, state in (("self_attn", attended), ("mlp", made)):

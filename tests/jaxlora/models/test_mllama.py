@@ -19,7 +19,7 @@ from jaxlora.nn import tiles as tiles_module
 from jaxlora.nn.attention import LayerInputs, Vision
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
-from jaxlora.select import by_flags, by_pattern, expand, is_stacked
+from jaxlora.select import by_flags, by_pattern, expand, is_stacked, layers_of
 from jaxlora.train.remat import execution
 from tests.jaxlora import reference
 from tests.jaxlora.models.mllama import HF5_VALUES, VALUES, at_tokens, expected, inputs, loaded, logits_of, micro, runner, shared_model
@@ -104,8 +104,8 @@ def test_every_decoder_attention_and_mlp_gives_what_transformers_gives(part):
     vision = Vision(states, batch.seen_starts, batch.seen_lengths)
     shared, x, none = dataclasses.replace(shared, vision=vision), decoder.embed_tokens(batch.input_ids), LayerInputs()
     for i in range(decoder.layers.depth):
-        key = next(k for k in decoder.layers.keys if i in range(*map(int, k.split(":"))))
-        at = list(range(*map(int, key.split(":")))).index(i)
+        key = next(k for k in decoder.layers.keys if i in layers_of(k))
+        at = layers_of(key).index(i)
         graphdef, state = nnx.split(getattr(decoder.layers, key))
         layer = nnx.merge(graphdef, jax.tree.map(lambda a, at=at: a[at], state))
         normed = layer.input_layernorm(x)

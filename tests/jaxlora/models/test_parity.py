@@ -18,7 +18,7 @@ from jaxlora.models import registry
 from jaxlora.nn import attention as attention_module
 from jaxlora.nn.decoder import Execution, head_of
 from jaxlora.nn.stack import Stack, flatten_leaves
-from jaxlora.select import expand
+from jaxlora.select import expand, layers_of
 from jaxlora.train.loss import loss_sum
 from tests.jaxlora import reference
 from tests.tolerances import LOGITS_FP32, LOSS_FP32, SENSITIVITY
@@ -85,9 +85,9 @@ def test_every_submodule_equals_transformers(model_type):
 
 
 def _layer(stack: Stack, i: int):
-    key = next(k for run in stack.runs for k in run.keys if i in range(*map(int, k.split(":"))))
+    key = next(k for run in stack.runs for k in run.keys if i in layers_of(k))
     graphdef, state = nnx.split(getattr(stack, key))
-    at = list(range(*map(int, key.split(":")))).index(i)
+    at = layers_of(key).index(i)
     return graphdef, jax.tree.map(lambda a: a[at], state)
 
 

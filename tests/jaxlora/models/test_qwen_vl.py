@@ -16,7 +16,8 @@ from jaxlora.load import LoadConfig, load
 from jaxlora.models import registry
 from jaxlora.models.spec import Batch
 from jaxlora.nn.decoder import Execution
-from jaxlora.nn.stack import Run, Stack, flatten, flatten_leaves, linear_paths, nest
+from jaxlora.nn.scan import Run
+from jaxlora.nn.stack import Stack, flatten, flatten_leaves, linear_paths, nest
 from jaxlora.nn.vision import run_blocks
 from jaxlora.select import by_flags, expand, is_stacked
 from jaxlora.weights.dense import Dense
@@ -243,7 +244,7 @@ def test_the_windowed_blocks_of_a_real_tower_are_one_run():
     spec = registry.get("qwen2_5_vl")
     config = spec.read(HUB)
     assert (config.vision.window, config.vision.mlp_dim) == (4, 3420)
-    assert spec.build(config).model.visual.blocks.runs == (Run(start=0, period=8, repeats=4),)
+    assert spec.build(config).model.visual.blocks.runs == (Run(start=0, kinds=(0,) * 7 + (1,), repeats=4),)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.nn import offload
-from jaxlora.nn.vjp import Wanted
+from jaxlora.nn.scan import Run, Scan, scan_periods
+from jaxlora.nn.vjp import Wanted, linearise
 from tests.tolerances import REORDERED_FP32
 
-ROWS, WIDTH = 4, 3
+ROWS, WIDTH, PERIODS = 4, 3, 3
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -46,12 +47,19 @@ def drawn(*shape):
     return jnp.asarray(np.random.default_rng(0).uniform(1, 2, shape).astype(np.float32))
 
 
-def gradient(blocks, periods=3):
+def scanned(blocks, x, weights):
+    if len(blocks) == 1:
+        return offload.scan_offloaded(lambda x, own: blocks[0](x, *own), x, weights[0], None, None)[0]
+    run, scan = Run(start=0, kinds=tuple(range(len(blocks))), repeats=PERIODS), Scan(checkpoint=True, offload=True)
+    return scan_periods(run, scan, [lambda x, own, block=block: block(x, *own) for block in blocks], x, weights, None, None)[0]
+
+
+def gradient(blocks):
     """(the compiled gradient by x and the blocks' weights, its arguments)."""
-    x, weights = drawn(ROWS, WIDTH), [(drawn(periods, ROWS, WIDTH) + i,) for i in range(len(blocks))]
+    x, weights = drawn(ROWS, WIDTH), [(drawn(PERIODS, ROWS, WIDTH) + i,) for i in range(len(blocks))]
 
     def loss(x, weights):
-        return jnp.sum(jnp.sin(offload.scan_offloaded(blocks, x, weights, [None] * len(blocks), None)[0]))
+        return jnp.sum(jnp.sin(scanned(blocks, x, weights)))
 
     return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, weights).compile(), (x, weights)
 
@@ -76,7 +84,7 @@ def test_beside_its_input_a_block_saves_attention_and_none_of_its_weights(monkey
     def saved(x, w):
         primal = jax.custom_derivatives.CustomVJPPrimal
         wanted = Wanted.of((primal(w, True),)), Wanted.of([])
-        _, kept, _ = offload._linearise(lambda x, w: taller(x, w)[0], x, (w,), [], wanted)
+        _, kept, _ = linearise(lambda x, own: taller(x, *own), x, (w,), [], wanted, offload.recomputing(x), keep=True)
         sizes.extend(a.shape for a in kept)
         return kept
 
@@ -90,7 +98,7 @@ def test_what_is_kept_changes_no_gradient(monkeypatch, blocks):
     program, (x, weights) = gradient(blocks)
 
     def one_after_the_other(x, weights):
-        for i in range(3):
+        for i in range(PERIODS):
             for layer, (w,) in zip(blocks, weights, strict=True):
                 x, _ = layer(x, w[i])
         return jnp.sum(jnp.sin(x))

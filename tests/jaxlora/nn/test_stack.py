@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlora.nn.linear import Linear
-from jaxlora.nn.stack import Scan, Stack, flatten, layout, linear_paths, nest, unflatten
-from jaxlora.select import expand
+from jaxlora.nn.scan import Scan
+from jaxlora.nn.stack import Stack, flatten, layout, linear_paths, nest, unflatten
+from jaxlora.select import expand, layers_of
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 from tests.tolerances import REORDERED_FP32
@@ -30,7 +31,7 @@ class Block(nnx.Module):
     def __init__(self, layer, kind):
         self.kind = kind
         self.proj = Linear(WIDTH, WIDTH, dtype=jnp.float32)
-        self.proj.weight.set_value(Dense(filled(layer, WIDTH, WIDTH) / WIDTH))
+        self.proj.weight.set_value(Dense(proj(layer)))
 
     def __call__(self, x, shared, per_layer):
         grown = x + jnp.tanh(self.proj(x) + shared)
@@ -41,11 +42,19 @@ def stack(kinds):
     return Stack([Block(layer, kind) for layer, kind in enumerate(kinds)], path="model.layers")
 
 
-def unrolled(kinds, x, shared, extra=None):
+def proj(layer):
+    """A layer's weight."""
+    return filled(layer, WIDTH, WIDTH) / WIDTH
+
+
+def unrolled(kinds, x, shared, extra=None, weights=None):
     """(the input of every layer and the last output, the layers' own outputs)."""
     states, outs = [x], []
     for layer, kind in enumerate(kinds):
-        x, out = Block(layer, kind)(x, shared, None if extra is None else extra[layer])
+        block = Block(layer, kind)
+        if weights is not None:
+            block.proj.weight.set_value(Dense(weights[layer]))
+        x, out = block(x, shared, None if extra is None else extra[layer])
         states.append(x)
         outs.append(out)
     return states, outs
@@ -65,12 +74,12 @@ class TestLayout:
     def test_layers_that_are_stacked_have_one_structure(self, kinds):
         for run in layout(kinds):
             for key in run.keys:
-                assert len({kinds[i] for i in range(*map(int, key.split(":")))}) == 1
+                assert len({kinds[i] for i in layers_of(key)}) == 1
 
     @given(kinds_of_layers)
     def test_the_keys_of_a_run_name_each_of_its_layers_once(self, kinds):
         for run in layout(kinds):
-            named = [i for key in run.keys for i in range(*map(int, key.split(":")))]
+            named = [i for key in run.keys for i in layers_of(key)]
             assert sorted(named) == list(range(run.start, run.stop))
 
     @given(st.lists(st.sampled_from("ab"), min_size=1, max_size=4), st.integers(2, 4))
@@ -79,18 +88,34 @@ class TestLayout:
         kinds = pattern * repeats
         shortest = next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
         (run,) = layout(kinds)
-        assert (run.start, run.period, run.repeats) == (0, shortest, n // shortest)
+        assert (run.start, len(run.kinds), run.repeats) == (0, shortest, n // shortest)
 
 
-def gradient(kinds, given, scan, *, wrt, collect):
-    """The leaves of a loss's gradient by some of (the stack's state, x, shared, per_layer)."""
+def loss_of(y, collected, outs):
+    """A loss of all that a stack returns."""
+    return y.sum() + sum(jnp.sum(jnp.sin(c)) for c in collected) + (0 if outs is None else jnp.sum(jnp.cos(jnp.stack(outs))))
+
+
+def gradient(kinds, given, scan, *, wrt, collect, outs_too=True):
+    """The loss's gradients by some of (the stack's state, x, shared, per_layer); ``outs_too`` are part of the loss where there are any."""
     graphdef, state = nnx.split(stack(kinds))
 
     def loss(state, *given):
-        y, collected, _ = nnx.merge(graphdef, state)(*given, collect=collect, scan=scan)
-        return y.sum() + sum(jnp.sum(jnp.sin(c)) for c in collected)
+        y, collected, outs = nnx.merge(graphdef, state)(*given, collect=collect, scan=scan)
+        return loss_of(y, collected, list(outs) if outs_too and outs is not None else None)
 
-    return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=wrt))(state, *given))
+    return jax.jit(jax.grad(loss, argnums=wrt))(state, *given)
+
+
+SCANS = {
+    "kept": Scan(),
+    "recomputed": Scan(checkpoint=True),
+    "columns kept": Scan(checkpoint=True, columns=True),
+    "products kept": Scan(checkpoint=True, remat=jax.checkpoint_policies.save_only_these_names("dot")),
+    "offloaded": Scan(checkpoint=True, offload=True),
+    "one loop of two periods": Scan(checkpoint=True, unroll=2),
+    "no loop": Scan(checkpoint=True, unroll=99),
+}
 
 
 @pytest.mark.parametrize("kinds", ["aaaa", "abab", "aabaab", "abba"])
@@ -115,13 +140,22 @@ class TestScanned:
         for layer, state in zip(wanted, collected, strict=True):
             np.testing.assert_allclose(state, states[layer], atol=REORDERED_FP32)
 
-    @pytest.mark.parametrize("offload", [False, True], ids=["recomputed", "offloaded"])
-    def test_recomputing_blocks_changes_no_gradient(self, kinds, offload):
-        given = (filled(90, 3, WIDTH), filled(91, 1, WIDTH), filled(92, len(kinds), 3, WIDTH))
-        wanted = {"wrt": (0, 1, 2, 3), "collect": (2, 0, len(kinds))}
-        recomputed = Scan(checkpoint=True, offload=offload)
-        for ours, plain in zip(gradient(kinds, given, recomputed, **wanted), gradient(kinds, given, Scan(), **wanted), strict=True):
-            np.testing.assert_allclose(ours, plain, atol=20 * REORDERED_FP32)
+    @pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS)
+    def test_how_layers_are_scanned_changes_no_gradient(self, kinds, scan):
+        x, shared, extra = filled(90, 3, WIDTH), filled(91, 1, WIDTH), filled(92, len(kinds), 3, WIDTH)
+        collect = (2, 0, len(kinds))
+
+        def plain(layers, x, shared, extra):
+            states, outs = unrolled(kinds, x, shared, extra, layers)
+            return loss_of(states[-1], [states[i] for i in collect], None if scan.offload else outs)
+
+        expected = jax.grad(plain, argnums=(0, 1, 2, 3))([proj(layer) for layer in range(len(kinds))], x, shared, extra)
+        state, *ours = gradient(kinds, (x, shared, extra), scan, wrt=(0, 1, 2, 3), collect=collect)
+        weights = {path: leaf.array for path, leaf in flatten(nnx.to_pure_dict(state)).items()}
+        for layer, theirs in enumerate(expected[0]):
+            np.testing.assert_allclose(weights[f"{layer}.proj.weight"], theirs, atol=20 * REORDERED_FP32)
+        for mine, theirs in zip(ours, expected[1:], strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=20 * REORDERED_FP32)
 
     def test_an_offloaded_stack_is_the_same_forwards(self, kinds):
         x, shared = filled(90, 3, WIDTH), filled(91, 1, WIDTH)
@@ -134,8 +168,9 @@ class TestScanned:
 def test_an_offloaded_stack_has_the_gradient_that_is_asked_for_and_no_other(wrt, collect):
     given = (filled(90, 3, WIDTH), filled(91, 1, WIDTH), None)
     offloaded = gradient("abab", given, Scan(checkpoint=True, offload=True), wrt=wrt, collect=collect)
-    for ours, plain in zip(offloaded, gradient("abab", given, Scan(), wrt=wrt, collect=collect), strict=True):
-        np.testing.assert_allclose(ours, plain, atol=20 * REORDERED_FP32)
+    plain = gradient("abab", given, Scan(), wrt=wrt, collect=collect, outs_too=False)
+    for ours, theirs in zip(jax.tree.leaves(offloaded), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=20 * REORDERED_FP32)
 
 
 @pytest.mark.parametrize("more", [{"checkpoint": False}, {"remat": jax.checkpoint_policies.nothing_saveable}, {"unroll": 2}])
@@ -222,6 +257,8 @@ def test_eight_runs_do_not_warn(caplog):
 def test_expand_and_the_keys_of_runs_agree():
     (run,) = layout("ababab")
     assert [expand(f"layers.{key}.w") for key in run.keys] == [[f"layers.{i}.w" for i in (0, 2, 4)], [f"layers.{i}.w" for i in (1, 3, 5)]]
+    (run,) = layout("aabaab")
+    assert [expand(f"layers.{key}.w") for key in run.keys] == [[f"layers.{i}.w" for i in (0, 1, 3, 4)], [f"layers.{i}.w" for i in (2, 5)]]
 
 
 def test_only_wanted_states_are_held_and_they_are_the_inputs_of_their_layers():
@@ -236,14 +273,14 @@ def test_only_wanted_states_are_held_and_they_are_the_inputs_of_their_layers():
 def test_layers_may_get_and_return_things_of_their_own_kind():
     kinds, x, shared = "aabaab", filled(1, 3, WIDTH), filled(2, 3, WIDTH)
     built = stack(kinds)
-    assert built.keys == ["0:6:3", "1:6:3", "2:6:3"]
+    assert built.keys == ["0,1:6:3", "2:6:3"]
     extra = [filled(layer, 3, WIDTH) for layer in range(6)]
-    given = {key: None if key == "2:6:3" else jnp.stack([extra[i] for i in range(*map(int, key.split(":")))]) for key in built.keys}
+    given = {key: None if key == "2:6:3" else jnp.stack([extra[i] for i in layers_of(key)]) for key in built.keys}
     states, outs = unrolled(kinds, x, shared, [None if kinds[i] == "b" else extra[i] for i in range(6)])
     y, _, returned = built(x, shared, given)
     np.testing.assert_allclose(y, states[-1], atol=REORDERED_FP32)
     for key, out in returned.items():
-        np.testing.assert_allclose(out, [outs[i] for i in range(*map(int, key.split(":")))], atol=REORDERED_FP32)
+        np.testing.assert_allclose(out, [outs[i] for i in layers_of(key)], atol=REORDERED_FP32)
 
 
 def test_layers_of_one_structure_in_a_period_are_traced_once(monkeypatch):

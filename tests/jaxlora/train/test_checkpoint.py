@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlora.select import layers_of
 from jaxlora.train import checkpoint
 
 TX = optax.adamw(1e-2)
@@ -16,9 +17,7 @@ def tree(*runs, seed=0):
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((4, 2, 3)).astype(np.float32), rng.standard_normal((4, 3, 2)).astype(np.float32)
     layers = {
-        run: {"q_proj": {"lora_A": jnp.asarray(a[at]), "lora_B": jnp.asarray(b[at])}}
-        for run in runs
-        for at in [slice(*map(int, run.split(":")))]
+        run: {"q_proj": {"lora_A": jnp.asarray(a[at]), "lora_B": jnp.asarray(b[at])}} for run in runs for at in [np.array(layers_of(run))]
     }
     return {"model": {"layers": layers}, "lm_head": {"lora_A": jnp.asarray(a[0, 0])}}
 
@@ -46,7 +45,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
     assert checkpoint.read_record(folder) == {"data": {"epoch": 1}, "global_step": 7}
 
 
-@pytest.mark.parametrize("runs", [("0:4:2", "1:4:2"), ("0:1:1", "1:4:1"), ("0:4:1",)])
+@pytest.mark.parametrize("runs", [("0:4:2", "1:4:2"), ("0:1:1", "1:4:1"), ("0:4:1",), ("0,1:4:3", "2:4:3")])
 def test_layers_may_be_grouped_otherwise_when_it_is_read(tmp_path, runs):
     folder = checkpoint.save(tmp_path, 1, *trained("0:2:1", "2:4:1"), {})
     wanted, wanted_state = trained(*runs)

@@ -1,0 +1,249 @@
+"""How runs of layers are scanned; and the scan of a run in which layers of several kinds take turns.
+
+`jax.lax.scan` would slice, keep and differentiate each position of a period on its own. Here the layers of a kind are one stack, from which
+each takes its part by number, and the backward is written out: a kind's forward and backward are two functions of the program, however many
+layers of a period call them, and write a layer's gradients to its place in the stack's.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.nn.offload import recomputing
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, values
+from jaxlora.typing import Array, Int
+
+type Policy = Callable[..., Any]
+type Remat = Policy | None
+type Block = Callable[..., tuple[Array, Any]]
+
+_COLUMNS = jax.checkpoint_policies.save_only_these_names("lora_u")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
+    nothing but its input). ``columns`` saves the R columns A·x of each adapter where all layers of a run are alike; layers of several kinds
+    are recomputed whole, by the forward's own function of each kind. With ``offload`` the blocks' inputs are in pinned host memory, and
+    nothing else is kept; layers then return nothing of their own. ``unroll`` periods are compiled one after the other.
+
+    Raises:
+      ValueError: ``offload`` or ``columns`` without ``checkpoint`` or with a policy; ``offload`` with unrolling, which it would not follow.
+    """
+
+    checkpoint: bool = False
+    remat: Remat = None
+    columns: bool = False
+    offload: bool = False
+    unroll: int = 1
+
+    def __post_init__(self) -> None:
+        if self.offload and (not self.checkpoint or self.columns or self.remat is not None or self.unroll != 1):
+            raise ValueError(f"offload recomputes all of each block, one at a time: it needs checkpoint and nothing else, got {self}")
+        if self.columns and (not self.checkpoint or self.remat is not None):
+            raise ValueError(f"columns are saved where blocks are recomputed: they need checkpoint, and no policy beside them, got {self}")
+
+    @property
+    def policy(self) -> Remat:
+        """What is saved of layers that are all alike."""
+        return _COLUMNS if self.columns else self.remat
+
+    def once(self, repeats: int) -> bool:
+        """Whether no loop is left of so many periods. XLA would then find the recomputed block to be the first one, and keep all of it."""
+        return self.unroll >= repeats > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """``repeats`` periods of layers, from layer ``start`` on. ``kinds`` are a period's structures, numbered as they appear."""
+
+    start: int
+    kinds: tuple[int, ...]
+    repeats: int
+
+    @property
+    def stop(self) -> int:
+        """One past its last layer."""
+        return self.start + len(self.kinds) * self.repeats
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """One ``start,…:stop:step`` a kind: the layers that are stacked together, as `jaxlora.select.layers_of` has them.
+
+        >>> Run(start=0, kinds=(0, 0, 1), repeats=4).keys
+        ('0,1:12:3', '2:12:3')
+        """
+        starts: dict[int, list[str]] = {}
+        for p, kind in enumerate(self.kinds):
+            starts.setdefault(kind, []).append(str(self.start + p))
+        return tuple(f"{','.join(of_kind)}:{self.stop}:{len(self.kinds)}" for of_kind in starts.values())
+
+    def places(self, period: int) -> list[int]:
+        """For each layer of a period, its place in the stack of its kind.
+
+        >>> Run(start=0, kinds=(0, 0, 1), repeats=4).places(1)
+        [2, 3, 1]
+        """
+        return [period * self.kinds.count(kind) + self.kinds[:p].count(kind) for p, kind in enumerate(self.kinds)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is scanned and how: ``blocks[kind](x, own, *const) -> (x, out)``."""
+
+    run: Run
+    scan: Scan
+    blocks: tuple[Block, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the backward has all of each block computed again as the forward did, in a loop of its own."""
+        scan = self.scan
+        return scan.checkpoint and not scan.offload and scan.remat is None and not scan.once(self.run.repeats)
+
+    def how(self, x: Array) -> tuple[Mapping[str, Any] | None, bool]:
+        """(arguments of `jax.checkpoint` or None, whether anything is kept beside the blocks' inputs), as `linearise` has them."""
+        if self.scan.offload:
+            return recomputing(x), True
+        if self.plain or not self.scan.checkpoint:
+            return None, not self.plain
+        return {"policy": self.scan.remat, "prevent_cse": self.scan.once(self.run.repeats)}, self.scan.remat is not None
+
+    def moved(self, tree: Any, to: Any) -> Any:
+        """The tree; moved, where the blocks' inputs wait in host memory."""
+        return jax.device_put(tree, to) if self.scan.offload else tree
+
+    def empty_outs(self, x: Array, owns: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
+        """Room for what the layers of each kind return."""
+        outs = [jax.eval_shape(b, x, _one(own), *const)[1] for b, own, const in zip(self.blocks, owns, consts, strict=True)]
+        counts = [self.run.kinds.count(kind) * self.run.repeats for kind in range(len(outs))]
+        return [jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), out) for out, n in zip(outs, counts, strict=True)]
+
+    def loop(self, body: Callable[[Any, Any], Any], carry: Any, xs: Any, *, reverse: bool = False) -> tuple[Any, Any]:
+        """Scans ``body(carry, (places, x)) -> (carry, y)`` over the periods' places in the stacks, and ``xs``."""
+        run, repeats = self.run, self.run.repeats
+        # Read from arrays: computed, they would be a part of each kernel, and no two layers would have a kernel in common.
+        places = [jnp.array(of_layer, jnp.int32) for of_layer in zip(*map(run.places, range(repeats)), strict=True)]
+        if not self.plain or self.scan.unroll > 1:
+            return jax.lax.scan(body, carry, (places, xs), reverse=reverse, unroll=min(self.scan.unroll, repeats))
+
+        # Lowering a scan cuts off what its body drops: the forward's functions would no longer be those of the backward.
+        def step(state: Any) -> Any:
+            done, carry, ys = state
+            period = repeats - 1 - done if reverse else done
+            carry, y = body(carry, _take((places, xs), period))
+            return done + 1, carry, _put(ys, period, y)
+
+        _, y = jax.eval_shape(body, carry, _one((places, xs)))
+        ys = jax.tree.map(lambda a: jnp.zeros((repeats, *a.shape), a.dtype), y)
+        return jax.lax.while_loop(lambda state: state[0] < repeats, step, (jnp.int32(0), carry, ys))[1:]
+
+
+def scan_periods(
+    run: Run, scan: Scan, blocks: Sequence[Block], x: Array, owns: Sequence[Any], slots: Int[Array, " layers"] | None, states: Array | None
+) -> tuple[Array, Array | None, list[Any]]:
+    """Scans x through the layers of a run: ``blocks[kind](x, own) -> (x, out)`` gets a layer's part of ``owns[kind]`` [layers, ...].
+
+    The input of each layer is also written to its slot of ``states``; a slot beyond the last is none. Returns (x, states, the outs of each
+    kind's layers, stacked).
+    """
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    made = [hoisted(block, like, _one(own)) for block, own in zip(blocks, owns, strict=True)]
+    plan = _Plan(run, scan, tuple(call for call, _ in made))
+    slots = None if slots is None else slots.reshape(run.repeats, len(run.kinds))
+    return _scan(plan, x, tuple(owns), tuple(over for _, over in made), slots, states)
+
+
+def _one(stacked: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
+
+
+def _take(stacked: Any, i: Array) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
+
+
+def _put(stacked: Any, i: Array, one: Any) -> Any:
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0, allow_negative_indices=False), stacked, one)
+
+
+def _forward(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: Any, wanted: Any = None) -> tuple[Any, Any]:
+    """((x, states, outs), (what the last layer keeps, for each layer of a period what the layer before it keeps)).
+
+    A layer keeps its input and what `linearise` says; without ``wanted`` nothing.
+    """
+    run, (how, keep) = plan.run, plan.how(x)
+
+    def layer(kind: int, x: Array, i: Array, own: Any, const: Any, outs: Any) -> tuple[Array, Any, list[Array]]:
+        one, saved = _take(own, i), []
+        if wanted is not None and keep:
+            (x, out), saved, _ = linearise(plan.blocks[kind], x, one, const, wanted[kind], how, keep=keep)
+        else:
+            x, out = plan.blocks[kind](x, one, *const)
+        return x, _put(outs, i, out), saved
+
+    layers = [jax.jit(functools.partial(layer, kind)) for kind in range(len(plan.blocks))]
+
+    def body(carry: Any, each: Any) -> tuple[Any, list[Any]]:
+        (x, before, states, outs), (places, slots) = carry, each
+        outs, sent = list(outs), []
+        for p, (kind, i) in enumerate(zip(run.kinds, places, strict=True)):
+            states = states if slots is None else states.at[slots[p]].set(x, mode="drop")
+            sent.append(plan.moved(before, jax.memory.Space.Host))
+            here, (x, outs[kind], saved) = x, layers[kind](x, i, owns[kind], consts[kind], outs[kind])
+            before = None if wanted is None else [here, *saved]
+        return (x, before, states, outs), sent
+
+    outs, last = plan.empty_outs(x, owns, consts), run.kinds[-1]
+    saved = jax.eval_shape(layers[last], x, 0, owns[last], consts[last], outs[last])[2]
+    nothing = None if wanted is None else [x, *(jnp.zeros(a.shape, a.dtype) for a in saved)]
+    (x, before, states, outs), sent = plan.loop(body, (x, nothing, states, outs), slots)
+    return (x, states, outs), (before, sent)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: Any) -> tuple[Array, Any, Any]:
+    return _forward(plan, x, owns, consts, slots, states)[0]
+
+
+def _scan_fwd(plan: _Plan, x: Any, owns: Any, consts: Any, slots: Any, states: Any) -> tuple[Any, Any]:
+    wanted = [(Wanted.of(own), Wanted.of(const)) for own, const in zip(owns, consts, strict=True)]
+    x, owns, consts, slots, states = values((x, owns, consts, slots, states))
+    result, saved = _forward(plan, x, owns, consts, slots, states, wanted)
+    return result, (*saved, owns, consts, slots, wanted)
+
+
+def _scan_bwd(plan: _Plan, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    last, sent, owns, consts, slots, wanted = residuals
+    dx, dstates, douts = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype) if is_zero(d) else d, cotangents, is_leaf=is_zero)
+    run, (how, keep) = plan.run, plan.how(dx)
+
+    def layer(kind: int, dx: Array, kept: list[Array], i: Array, own: Any, const: Any, dout: Any, sums: Any) -> tuple[Array, Any]:
+        (here, *saved), (downs, dconsts) = kept, sums
+        pull = linearise(plan.blocks[kind], here, _take(own, i), const, wanted[kind], how, keep=keep)[2]
+        dx, down, dconst = pull((dx, _take(dout, i)), saved)
+        return dx, (_put(downs, i, down), jax.tree.map(jnp.add, dconsts, dconst))
+
+    layers = [jax.jit(functools.partial(layer, kind)) for kind in range(len(plan.blocks))]
+
+    def body(carry: Any, each: Any) -> tuple[Any, None]:
+        (dx, before, sums), (places, (waiting, slots)) = carry, each
+        sums = list(sums)
+        for p, kind in reversed(list(enumerate(run.kinds))):
+            here, before = before, plan.moved(waiting[p], jax.memory.Space.Device)
+            dx, sums[kind] = layers[kind](dx, here, places[p], owns[kind], consts[kind], douts[kind], sums[kind])
+            if slots is not None:
+                dx = dx + dstates.at[slots[p]].get(mode="fill", fill_value=0)
+        return (dx, before, sums), None
+
+    of_these = [(o.of_these(own), c.of_these(const)) for (o, c), own, const in zip(wanted, owns, consts, strict=True)]
+    (dx, _, sums), _ = plan.loop(body, (dx, last, jax.tree.map(jnp.zeros_like, of_these)), (sent, slots), reverse=True)
+    downs = tuple(w.gradient(d, own) for (w, _), (d, _), own in zip(wanted, sums, owns, strict=True))
+    dconsts = tuple(w.gradient(d, const) for (_, w), (_, d), const in zip(wanted, sums, consts, strict=True))
+    return dx, downs, dconsts, None, None
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd, symbolic_zeros=True)
