@@ -151,12 +151,12 @@ class TestCallbacks:
 
     def test_early_stopping_stops_when_the_evaluation_gets_no_better(self, make):
         stopping = EarlyStoppingCallback(early_stopping_patience=2)
-        # So high a rate that every evaluation is worse than the first.
-        options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "learning_rate": 5.0}
-        trainer = make(callbacks=[stopping], max_steps=8, max_grad_norm=0.0, **options)
+        # A loss that falls, where more is better: every evaluation is worse than the first.
+        options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True}
+        trainer = make(callbacks=[stopping], max_steps=8, **options)
         trainer.train()
         evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        best = int(np.argmin(evaluated))
+        best = int(np.argmax(evaluated))
         assert trainer.state.best_metric == evaluated[best] and trainer.state.best_global_step == best + 1
         assert trainer.state.global_step == best + 3 < 8
 
