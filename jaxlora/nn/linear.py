@@ -253,6 +253,9 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     return pull(dx), tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
 
+_project.defvjp(_project_fwd, _project_bwd)
+
+
 def _plain_gradients(
     weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs
 ) -> tuple[Array, Array | None, dict[int, Array]]:
@@ -265,9 +268,6 @@ def _plain_gradients(
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
     return input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, dtype))), du, dus
-
-
-_project.defvjp(_project_fwd, _project_bwd)
 
 
 def _mlp_forward(activation: str, x: Array, weights: Weights, loras: tuple[LoRA, ...]) -> Array:
