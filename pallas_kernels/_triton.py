@@ -44,7 +44,8 @@ def call(
 
     # jax-triton 0.4 renamed it.
     shapes = {"out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape": out}
+    capability = _kernel.device().capability
+    assert capability is not None, "refuses() lets no call come here without one"
     # Else jax-triton asks the first GPU, and nothing could be lowered for one that is not here.
-    major, minor = _kernel.device().capability or (8, 0)
-    how: Any = {"compute_capability": 10 * major + minor, "input_output_aliases": dict(in_place or {})}
+    how: Any = {"compute_capability": 10 * capability[0] + capability[1], "input_output_aliases": dict(in_place or {})}
     return jax_triton.triton_call(*arrays, kernel=kernel, grid=grid, **how, **shapes, **constants, **config)
