@@ -7,8 +7,10 @@ import tempfile
 
 if not os.environ.get("JAXLORA_TEST_GPU"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Tiny programs, compiled once and run once: LLVM's optimisations cost twice what they save.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # Tiny programs, compiled once and run once: LLVM's optimisations cost twice what they save, and XLA's newer emitters, which make an
+    # MLIR context and a pass pipeline for each fusion, take twice as long as the older ones.
+    flags = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ.setdefault("XLA_FLAGS", flags)
     # Workers and the processes that they start compile many of the same programs: the first to come keeps them for the others.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         programs = tempfile.TemporaryDirectory(prefix="jaxlora-programs-")
