@@ -3,6 +3,9 @@
 `jax.nn.dot_product_attention` has no packed form: the primitives below it take segments, and this module is the one place that touches
 them. cuDNN wants, for B rows of at most M segments, the lengths [B, M] and the starts [B, M + 1], both padded with -1. The last column of
 the starts stays -1: an end there makes every row but the first wrong, silently, which is why `check_packing` runs before the first use.
+
+What segments and causality do not say (an interval for each query, tokens that see ahead, a window among packed documents) is said by an
+additive mask [B, 1, S, T] that all heads share. cuDNN then computes all S x T products, many times as fast as the blockwise path does some.
 """
 
 import functools
@@ -19,6 +22,10 @@ from pallas_kernels.attention import xla
 from pallas_kernels.attention.spec import Covering, Intervals, KeyValue, Query, Reach, Segments, Spec, cover, key_ranges
 
 _WIDEST_HEAD = 256
+# Of the device's memory; a mask lives for one layer's call.
+_MASK_SHARE = 1 / 32
+# Finite: a query that sees nothing has a softmax, whose result is dropped.
+_MASKED = -1e30
 # An element of q and a segment, in the backward: as if each segment had an fp32 sum of the whole row. With 258 windows in a row of 8,192,
 # 16 heads of 80, a step took 11 GB more than XLA had planned (H200, cuDNN 9.19).
 _WORKSPACE_BYTES = 4
@@ -38,15 +45,17 @@ def refuses(
         return "has no soft-cap"
     if sinks is not None:
         return "has no sinks"
-    if reach is not None:
-        return "has no mask that lets some tokens see ahead"
-    if isinstance(segments, Intervals):
-        return "has no interval of keys for each query"
-    if spec.window is not None:
-        return "a window together with packed offsets was never shown to be right"
-    if segments is not None and not _alone(spec, segments) and (reason := _too_large(q, segments[0].shape[1])):
-        return reason
+    if segments is not None:
+        masked, alone = _masked(spec, segments, reach), _alone(spec, segments)
+        reason = _unfit_mask(q, k) if masked else None if alone else _too_large(q, segments[0].shape[1])
+        if reason is not None:
+            return reason
     return _kernel.device().lacks((9, 0))
+
+
+def _masked(spec: Spec, segments: Segments, reach: Reach) -> bool:
+    """Whether a mask must say what a query sees. A row of one document has its window from cuDNN."""
+    return isinstance(segments, Intervals) or reach is not None or (spec.window is not None and not _alone(spec, segments))
 
 
 def _alone(spec: Spec, segments: Segments) -> bool:
@@ -66,11 +75,22 @@ def _too_large(q: Query, segments: int) -> str | None:
     return f"needs {needed / 1e9:.1f} GB for {segments} segments a row, more than an eighth of the device's {limit / 1e9:.0f} GB"
 
 
+def _unfit_mask(q: Query, k: KeyValue) -> str | None:
+    """Why there is no mask for this call, or None."""
+    (B, S), T = q.shape[:2], k.shape[1]
+    if S % 2 or T % 2:
+        return f"masks even numbers of queries and keys alone, got {S} and {T}"
+    limit, needed = _kernel.device().memory_bytes, q.dtype.itemsize * B * S * T
+    if limit is None or needed <= limit * _MASK_SHARE:
+        return None
+    return f"needs a mask of {needed / 1e9:.1f} GB, more than {_MASK_SHARE:.0%} of the device's {limit / 1e9:.0f} GB"
+
+
 def attention_forward(
-    spec: Spec, q: Query, k: KeyValue, v: KeyValue, sinks: None, segments: Segments, reach: None = None
+    spec: Spec, q: Query, k: KeyValue, v: KeyValue, sinks: None, segments: Segments, reach: Reach = None
 ) -> tuple[Float[Array, "B S H C"], Float[Array, "N H S"]]:
     """The output in q's dtype, and cuDNN's f32 softmax statistics, one row a segment (N = B * M), for `attention_backward` only."""
-    arguments, options = _packed(spec, q, k, v, segments)
+    arguments, options = _operands(spec, q, k, v, segments, reach)
     out, statistics = binding._dot_product_attention_fwd_p_wrapper.bind(*arguments, **options, is_training=True)
     return _zero_outside(spec, segments, out), statistics
 
@@ -84,13 +104,18 @@ def attention_backward(
     segments: Segments,
     saved: tuple[Float[Array, "B S H C"], Float[Array, "N H S"]],
     dout: Query,
-    reach: None = None,
+    reach: Reach = None,
 ) -> tuple[Query, KeyValue, KeyValue, None]:
     """dq, dk, dv and no dsinks; ``saved`` is what the forward pass returned."""
-    arguments, options = _packed(spec, q, k, v, segments)
+    arguments, options = _operands(spec, q, k, v, segments, reach)
     out, statistics = saved
-    grads = binding._dot_product_attention_bwd_p_wrapper.bind(*arguments, statistics, out, dout, **options)
-    dq, dk, dv = (_zero_outside(spec, segments, x) for x in grads)
+    masked = _masked(spec, segments, reach)
+    if masked:
+        # A query that sees nothing has the same weight for every key here.
+        dout = _zero_outside(spec, segments, dout)
+    dq, dk, dv = binding._dot_product_attention_bwd_p_wrapper.bind(*arguments, statistics, out, dout, **options)
+    if not masked:
+        dq, dk, dv = (_zero_outside(spec, segments, x) for x in (dq, dk, dv))
     return dq, dk, dv, None
 
 
@@ -136,21 +161,36 @@ def packing_errors(forward: Any, backward: Any) -> dict[str, float]:
     return errors
 
 
-def _packed(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments) -> tuple[tuple[Array, ...], dict[str, Any]]:
+def _operands(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments, reach: Reach) -> tuple[tuple[Array, ...], dict[str, Any]]:
     """The operands and options that the forward and the backward primitive share."""
-    unused, alone = jnp.zeros(0, q.dtype), _alone(spec, segments)
-    lengths, offsets = (unused, unused) if alone else packed_segments(segments)
-    masks = binding.MaskType
+    unused, masks = jnp.zeros(0, q.dtype), binding.MaskType
+    bias, lengths, offsets, window = unused, unused, unused, None
+    if masked := _masked(spec, segments, reach):
+        bias, mask_type = _mask(spec, q, k, segments, reach), masks.NO_MASK
+    elif _alone(spec, segments):
+        mask_type, window = masks.CAUSAL, spec.window
+    else:
+        lengths, offsets = packed_segments(segments)
+        mask_type = masks.PADDING_CAUSAL if spec.causal else masks.PADDING
     options = {
         "scale": spec.scale,
         "seed": 42,
         "dropout_rate": 0.0,
-        "variadic_args": (False, False),
-        "mask_type": masks.CAUSAL if alone else masks.PADDING_CAUSAL if spec.causal else masks.PADDING,
+        # Whether there is a mask, and whether it has a gradient.
+        "variadic_args": (masked, False),
+        "mask_type": mask_type,
         "layout": binding.AttentionLayout.BTNH.value,
-        "sliding_window_length": None,
+        "sliding_window_length": window,
     }
-    return (q, k, v, unused, lengths, lengths, offsets, offsets, unused, unused), options
+    return (q, k, v, bias, lengths, lengths, offsets, offsets, unused, unused), options
+
+
+def _mask(spec: Spec, q: Query, k: KeyValue, segments: Segments, reach: Reach) -> Float[Array, "B 1 S T"]:
+    """0 where a query sees a key."""
+    lo, hi = (bound[:, None, :, None] for bound in key_ranges(spec, segments, q.shape[1], reach))
+    key = jnp.arange(k.shape[1], dtype=lo.dtype)[None, None, None, :]
+    hidden = max(_MASKED, float(jnp.finfo(q.dtype).min) / 4)
+    return jnp.where((key >= lo) & (key < hi), 0.0, hidden).astype(q.dtype)
 
 
 def packed_segments(segments: Segments) -> tuple[Int[Array, "B m"], Int[Array, "B n"]]:

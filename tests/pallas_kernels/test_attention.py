@@ -86,12 +86,57 @@ def test_intervals_are_whole_and_alone(options, message):
         attention(*qkv(8), segments=seen, **options)
 
 
-def test_cudnn_refuses_intervals_and_the_blockwise_path_takes_them(monkeypatch):
-    q, k, v = qkv(8, dtype=jnp.bfloat16)
-    seen = Intervals(*jnp.zeros((2, 1, 8), jnp.int32))
-    with h200.pretended():
-        assert front._refuses("cudnn", q, k, v, segments=seen, causal=False) == "has no interval of keys for each query"
-        assert front.KERNEL.choose("auto", q, k, v, segments=seen, causal=False) == "xla"
+MASKED = ("window", "window_bidirectional", "images", "images_window", "intervals", "blocks_intervals", "an_empty_row")
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_cudnns_mask_leaves_what_the_reference_sees(name):
+    case = front.KERNEL.cases[name](jnp.float32)
+    q, k, v, seen = (case.arrays[n] for n in ("q", "k", "v", "segments"))
+    options = {n: x for n, x in case.static.items() if n != "softcap"}
+    spec, reach = front._spec(q, **options), case.arrays.get("reach")
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    logits = jnp.einsum("bshc,bthc->bhst", q, k) * spec.scale + cudnn._mask(spec, q, k, seen, reach)
+    out = cudnn._zero_outside(spec, seen, jnp.einsum("bhst,bthc->bshc", jax.nn.softmax(logits), v))
+    np.testing.assert_allclose(out, reference(q, k, v, segments=seen, reach=reach, **options), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [
+        ({"segments": Intervals(*jnp.zeros((2, 1, 64), jnp.int32)), "causal": False}, True),
+        ({"segments": segments((0, 64)), "causal": True, "reach": jnp.zeros((1, 64), jnp.int32)}, True),
+        ({"segments": segments((0, 64)), "causal": True, "window": 9}, True),
+        ({"segments": cover(segments((0, 45)), 64), "causal": True, "window": 9}, False),
+    ],
+)
+def test_cudnn_has_a_mask_where_segments_do_not_say_what_is_seen(options, masked):
+    def loss(arrays):
+        return attention(*arrays, backend="cudnn", **options).astype(jnp.float32).sum()
+
+    text = h200.lowered_text(jax.grad(loss), qkv(64, dtype=jnp.bfloat16))
+    forward, backward = (line for line in text.splitlines() if "cudnn$" in line)
+    kind, window = ("NO_MASK", 0) if masked else ("CAUSAL", 9)
+    for line in (forward, backward):
+        assert ("fmhaScaleBiasSoftmax" in line) == masked
+        assert f"mask_type\\22: \\22{kind}\\22" in line and f"sliding_window_length\\22: {window}" in line
+
+
+@pytest.mark.parametrize(
+    ("lengths", "memory_gb", "reason"),
+    [
+        ((8, 7), 80, "masks even numbers of queries and keys alone, got 8 and 7"),
+        ((32768, 65536), 80, "needs a mask of 4.3 GB, more than 3% of the device's 80 GB"),
+        ((32768, 65536), 140, None),
+    ],
+)
+def test_cudnn_masks_what_fits(lengths, memory_gb, reason):
+    def asked(q, k, starts, ends):
+        return front._refuses("cudnn", q, k, k, segments=Intervals(starts, ends), causal=False)
+
+    shapes = [((1, length, 2, 64), jnp.bfloat16) for length in lengths]
+    with h200.pretended(memory_bytes=memory_gb * 10**9):
+        assert answer(asked, *shapes, *[((1, lengths[0]), jnp.int32)] * 2) == reason
 
 
 def answer(ask, *shapes):
@@ -282,7 +327,7 @@ def test_one_document_a_row_needs_no_offsets():
     q, k, v = qkv(64, dtype=jnp.bfloat16)
 
     def operands(documents, **options):
-        return cudnn._packed(front._spec(q, **options), q, k, v, cover(segments(*documents), 64))
+        return cudnn._operands(front._spec(q, **options), q, k, v, cover(segments(*documents), 64), None)
 
     (*_, lengths, _, _, _, _, _), options = operands([(0, 45)], causal=True)
     assert lengths.size == 0 and options["mask_type"] == cudnn.binding.MaskType.CAUSAL
@@ -304,8 +349,6 @@ def test_the_packing_check_passes_on_this_gpu():
         ({"width": 264}, "multiple of 8 and at most 256, got 264"),
         ({"softcap": 30.0}, "has no soft-cap"),
         ({"sinks": jnp.zeros(2)}, "has no sinks"),
-        ({"window": 4}, "a window together with packed offsets"),
-        ({"reach": jnp.zeros((1, 16), jnp.int32)}, "has no mask that lets some tokens see ahead"),
     ],
 )
 def test_naming_cudnn_where_it_cannot_run_raises_the_reason(change, reason):
