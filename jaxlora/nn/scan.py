@@ -166,6 +166,13 @@ def _take(stacked: Any, i: Array) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
 
 
+@jax.jit
+def _after(x: Array, i: Array) -> Array:
+    """The place i, as soon as x is there: XLA would decode the weights of all layers of a period at once, each into memory of its own."""
+    # Never more than infinity, which XLA does not know.
+    return i + (x.ravel()[0] > jnp.inf).astype(i.dtype)
+
+
 def _put(stacked: Any, i: Array, one: Any) -> Any:
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0, allow_negative_indices=False), stacked, one)
 
@@ -178,7 +185,7 @@ def _forward(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: 
     run, (how, keep) = plan.run, plan.how(x)
 
     def layer(kind: int, x: Array, i: Array, own: Any, const: Any, outs: Any) -> tuple[Array, Any, list[Array]]:
-        one, saved = _take(own, i), []
+        one, saved = _take(own, _after(x, i)), []
         if wanted is not None and keep:
             (x, out), saved, _ = linearise(plan.blocks[kind], x, one, const, wanted[kind], how, keep=keep)
         else:
@@ -198,7 +205,7 @@ def _forward(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: 
         return (x, before, states, outs), sent
 
     outs, last = plan.empty_outs(x, owns, consts), run.kinds[-1]
-    saved = jax.eval_shape(layers[last], x, 0, owns[last], consts[last], outs[last])[2]
+    saved = jax.eval_shape(layers[last], x, jnp.int32(0), owns[last], consts[last], outs[last])[2]
     nothing = None if wanted is None else [x, *(jnp.zeros(a.shape, a.dtype) for a in saved)]
     (x, before, states, outs), sent = plan.loop(body, (x, nothing, states, outs), slots)
     return (x, states, outs), (before, sent)
@@ -223,7 +230,7 @@ def _scan_bwd(plan: _Plan, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 
     def layer(kind: int, dx: Array, kept: list[Array], i: Array, own: Any, const: Any, dout: Any, sums: Any) -> tuple[Array, Any]:
         (here, *saved), (downs, dconsts) = kept, sums
-        pull = linearise(plan.blocks[kind], here, _take(own, i), const, wanted[kind], how, keep=keep)[2]
+        pull = linearise(plan.blocks[kind], here, _take(own, _after(dx, i)), const, wanted[kind], how, keep=keep)[2]
         dx, down, dconst = pull((dx, _take(dout, i)), saved)
         return dx, (_put(downs, i, down), jax.tree.map(jnp.add, dconsts, dconst))
 
