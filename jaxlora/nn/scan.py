@@ -166,11 +166,10 @@ def _take(stacked: Any, i: Array) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
 
 
-@jax.jit
-def _after(x: Array, i: Array) -> Array:
-    """The place i, as soon as x is there: XLA would decode the weights of all layers of a period at once, each into memory of its own."""
-    # Never more than infinity, which XLA does not know.
-    return i + (x.ravel()[0] > jnp.inf).astype(i.dtype)
+def _in_turn(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays, none before all are there. Of a period, XLA would else decode the weights of all layers at once, and leave the gradients
+    of all adapters for later: each into memory of its own."""
+    return jax.lax.optimization_barrier(arrays)
 
 
 def _put(stacked: Any, i: Array, one: Any) -> Any:
@@ -185,7 +184,8 @@ def _forward(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: 
     run, (how, keep) = plan.run, plan.how(x)
 
     def layer(kind: int, x: Array, i: Array, own: Any, const: Any, outs: Any) -> tuple[Array, Any, list[Array]]:
-        one, saved = _take(own, _after(x, i)), []
+        x, i = _in_turn(x, i)
+        one, saved = _take(own, i), []
         if wanted is not None and keep:
             (x, out), saved, _ = linearise(plan.blocks[kind], x, one, const, wanted[kind], how, keep=keep)
         else:
@@ -230,7 +230,8 @@ def _scan_bwd(plan: _Plan, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 
     def layer(kind: int, dx: Array, kept: list[Array], i: Array, own: Any, const: Any, dout: Any, sums: Any) -> tuple[Array, Any]:
         (here, *saved), (downs, dconsts) = kept, sums
-        pull = linearise(plan.blocks[kind], here, _take(own, _after(dx, i)), const, wanted[kind], how, keep=keep)[2]
+        dx, i, here, downs = _in_turn(dx, i, here, downs)
+        pull = linearise(plan.blocks[kind], here, _take(own, i), const, wanted[kind], how, keep=keep)[2]
         dx, down, dconst = pull((dx, _take(dout, i)), saved)
         return dx, (_put(downs, i, down), jax.tree.map(jnp.add, dconsts, dconst))
 
