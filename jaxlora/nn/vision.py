@@ -119,6 +119,7 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, windowed: bool = False, dtype: Any):
         self.heads = config.num_heads
         self.windowed = windowed
+        self.longest = (config.window**2 * config.merged) if windowed and config.window is not None else None
         self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, bias=True, dtype=dtype)
         self.proj = Linear(config.embed_dim, config.embed_dim, bias=True, dtype=dtype)
 
@@ -129,7 +130,7 @@ class VisionAttention(nnx.Module):
         q, k = (rope.rotate(qkv[:, :, i], shared.rope) for i in (0, 1))
         segments = shared.windows if self.windowed else shared.segments
         assert segments is not None
-        y = attention(q, k, qkv[:, :, 2], segments=segments, causal=False, backend=shared.backend)
+        y = attention(q, k, qkv[:, :, 2], segments=segments, causal=False, longest=self.longest, backend=shared.backend)
         return self.proj(y.reshape(P, W, -1), keys.get("proj"))
 
 

@@ -97,6 +97,11 @@ CASES = {
     "blocks_everything": _of(
         length=600, heads=(2, 1), width=8, rows=([(0, 550)], [(10, 40), (50, 550)]), causal=True, sinks=True, window=70, softcap=4.0
     ),
+    "short": _of(length=18, heads=(4, 2), width=16, rows=(_TWO_ROWS[0], [(1, 9), (11, 6)]), causal=False, longest=9),
+    "short_causal": _of(length=18, heads=(2, 1), width=8, rows=([(2, 5), (7, 9)], []), causal=True, window=3, longest=12),
+    "short_images": _of(
+        length=18, heads=(2, 2), width=8, rows=([(0, 5), (5, 9)],), causal=True, images=([(1, 3), (8, 4)],), longest=9, scale=0.5
+    ),
     # Rows that see nothing, what others see, and all; keys shorter and longer than queries.
     "intervals": functools.partial(
         _crossing, lengths=(18, 7), heads=(4, 2), width=16, rows=([(3, 0, 0), (5, 0, 4), (10, 2, 7)], [(18, 5, 5)])

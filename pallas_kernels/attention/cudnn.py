@@ -141,7 +141,7 @@ def packing_errors(forward: Any, backward: Any) -> dict[str, float]:
     """Relative errors of out, dq, dk, dv of a (forward, backward) pair against "xla", the larger of two cases: segments that a wrong offset
     convention fails, and whole rows, which go without offsets.
     """
-    spec = Spec(causal=True, scale=0.125, window=None, softcap=None)
+    spec = Spec(causal=True, scale=0.125)
     draw = np.random.default_rng(0)
     q, k, v, dout = (jnp.asarray(draw.standard_normal((2, 128, 2, 64)), jnp.bfloat16) for _ in range(4))
     packed = (jnp.array([[0, 48, 0], [0, 80, 0]], jnp.int32), jnp.array([[48, 80, 0], [80, 40, 0]], jnp.int32))

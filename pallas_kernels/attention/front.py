@@ -8,12 +8,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels._kernel import Kernel
-from pallas_kernels.attention import cudnn, xla
+from pallas_kernels.attention import cudnn, short, xla
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.attention.reference import reference
 from pallas_kernels.attention.spec import Intervals, KeyValue, Query, Reach, Segments, Spec
 
-_BACKENDS = {"cudnn": cudnn, "xla": xla}
+_BACKENDS = {"cudnn": cudnn, "xla": xla, "short": short}
 
 
 def attention(
@@ -28,6 +28,7 @@ def attention(
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
     reach: Reach = None,
+    longest: int | None = None,
     backend: str = "auto",
 ) -> Float[Array, "B S H C"]:
     """Softmax attention inside the segments of packed rows: out_i = sum_j p_ij v_j, p_i = softmax_j(cap(scale * q_i k_j)).
@@ -37,7 +38,8 @@ def attention(
     length 0. A position in no segment gives exactly zero and takes no gradient; `cover` leaves none, which is faster.
     cap(s) = softcap * tanh(s / softcap). ``sinks`` are one more logit a head, neither scaled nor capped, that takes part in the softmax and
     has no value. ``scale`` is C**-0.5 unless given. ``reach`` (int32) lifts causality up to a key: query i also sees the keys j < reach_i
-    of its segment. Tokens of an image that see each other both ways have the image's end there, all others 0.
+    of its segment. Tokens of an image that see each other both ways have the image's end there, all others 0. ``longest`` promises that no
+    segment has more tokens, which makes each a small dense attention ("short"); a longer one turns the result into NaN.
 
     Cross-attention, and masks that are no segments, give `Intervals` as ``segments``: query i then sees the keys starts_i <= j < ends_i
     (none: exactly zero), whatever their number T.
@@ -55,8 +57,10 @@ def attention(
       ValueError: dtypes or shapes disagree, an option is out of range, or nobody knows the backend.
       NotImplementedError: the named backend cannot run this call; the text says why.
     """
-    options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
-    _check(q, k, v, segments, causal, window, reach)
+    options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap, "longest": longest}
+    _check(q, k, v, segments, causal, window, reach, longest)
+    if backend == "auto" and longest is not None and _refuses("short", q, k, v, segments=segments, sinks=sinks, **options) is None:
+        backend = "short"
     chosen = KERNEL.choose(backend, q, k, v, segments=segments, sinks=sinks, reach=reach, **options)
     # Lowering for a GPU that this host does not have runs nothing, so there is nothing to check.
     if chosen == "cudnn" and jax.default_backend() == "gpu":
@@ -64,10 +68,10 @@ def attention(
     return _attention(chosen, _spec(q, **options), q, k, v, sinks, segments, reach)
 
 
-def _spec(q: Query, *, causal: bool, scale: float | None = None, window: int | None = None, softcap: float | None = None) -> Spec:
+def _spec(q: Query, *, causal: bool, scale: float | None = None, window: int | None = None, **options: Any) -> Spec:
     # A window that no row can leave is no window, and more backends run without one.
     window = None if window is not None and window >= q.shape[1] else window
-    return Spec(causal=causal, scale=q.shape[3] ** -0.5 if scale is None else scale, window=window, softcap=softcap)
+    return Spec(causal=causal, scale=q.shape[3] ** -0.5 if scale is None else scale, window=window, **options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -93,7 +97,9 @@ def _backward(backend, spec, residuals, dout):
 _attention.defvjp(_forward, _backward)
 
 
-def _check(q: Query, k: KeyValue, v: KeyValue, segments: Segments, causal: bool, window: int | None, reach: Reach) -> None:
+def _check(
+    q: Query, k: KeyValue, v: KeyValue, segments: Segments, causal: bool, window: int | None, reach: Reach, longest: int | None
+) -> None:
     faults, intervals = [], isinstance(segments, Intervals)
     same = 1 if intervals else 2
     if k.shape != v.shape or q.shape[:same] != k.shape[:same] or q.shape[3] != k.shape[3]:
@@ -106,8 +112,9 @@ def _check(q: Query, k: KeyValue, v: KeyValue, segments: Segments, causal: bool,
     if intervals:
         if starts.shape != q.shape[:2] or lengths.shape != q.shape[:2]:
             faults.append(f"intervals must be two arrays [B, S] = {q.shape[:2]}, got {starts.shape} and {lengths.shape}")
-        if causal or window is not None:
-            faults.append(f"intervals are all that a query sees: causal and window must be off, got {causal} and {window}")
+        if causal or (window, longest) != (None, None):
+            off = f"causal, window and longest must be off, got {causal}, {window} and {longest}"
+            faults.append(f"intervals are all that a query sees: {off}")
     elif starts.shape != lengths.shape or starts.shape[:1] != q.shape[:1]:
         faults.append(f"segments must be two arrays [B={q.shape[0]}, M], got {starts.shape} and {lengths.shape}")
     if reach is not None and (not causal or reach.shape != q.shape[:2]):

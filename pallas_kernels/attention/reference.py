@@ -19,8 +19,9 @@ def reference(
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
     reach: Reach = None,
+    longest: int | None = None,
 ) -> Float[Array, "B S H C"]:
-    """The arguments and result of `attention`, by the definition; builds [B, H, S, T]."""
+    """The arguments and result of `attention`, by the definition; builds [B, H, S, T]. ``longest`` changes nothing."""
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
     k32, v32 = (jnp.repeat(x, groups, axis=2) for x in (k32, v32))

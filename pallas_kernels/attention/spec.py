@@ -19,10 +19,13 @@ class Spec:
 
     causal: bool
     scale: float
-    window: int | None
-    softcap: float | None
+    window: int | None = None
+    softcap: float | None = None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
+        if self.longest is not None and self.longest < 1:
+            raise ValueError(f"longest must be at least 1 token, got {self.longest}; pass None where segments may be of any length")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 (a token sees itself), got {self.window}")
         if self.softcap is not None and self.softcap <= 0:

@@ -74,8 +74,8 @@ def test_looking_ahead_ends_with_the_document():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"causal": True}, "intervals are all that a query sees: causal and window must be off, got True and None"),
-        ({"causal": False, "window": 3}, "causal and window must be off, got False and 3"),
+        ({"causal": True}, "intervals are all that a query sees: causal, window and longest must be off, got True, None and None"),
+        ({"causal": False, "window": 3, "longest": 4}, "must be off, got False, 3 and 4"),
         ({"causal": False, "short": 1}, r"intervals must be two arrays \[B, S\] = \(1, 8\), got \(1, 7\)"),
     ],
 )
@@ -157,6 +157,34 @@ def test_many_segments_are_no_packed_offsets_where_cudnns_sums_would_fill_the_de
 
     with h200.pretended(memory_bytes=device_gb * 10**9):
         assert answer(asked, ((1, 8192, 16, 80), jnp.bfloat16), *[((1, 258), jnp.int32)] * 2) == (reason, backend)
+
+
+def test_segments_that_are_known_to_be_short_are_small_dense_attentions():
+    text = h200.lowered_text(
+        functools.partial(attention, segments=segments((0, 20), (20, 44)), causal=False, longest=44), *qkv(64, dtype=jnp.bfloat16)
+    )
+    assert "cudnn$" not in text and "tensor<2x1x2x44x44xf32>" in text
+
+
+def test_a_segment_longer_than_promised_is_loud():
+    for lengths, finite in (((20, 44), True), ((19, 45), False)):
+        given = {"segments": segments((0, lengths[0]), lengths), "causal": False, "longest": 44}
+        out, pull = jax.vjp(functools.partial(attention, **given), *qkv(64))
+        assert bool(jnp.isfinite(out).all()) == finite == bool(jnp.isfinite(pull(out)[0]).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "needs to know that segments are short"),
+        ({"longest": 129}, "takes segments of at most 128 tokens, got 129"),
+        ({"longest": 16, "softcap": 3.0}, "has no soft-cap"),
+        ({"longest": 16, "sinks": jnp.zeros(2)}, "has no sinks"),
+    ],
+)
+def test_naming_short_where_it_cannot_run_raises_the_reason(options, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        attention(*qkv(16), segments=segments((0, 16)), causal=True, backend="short", **options)
 
 
 def test_looking_ahead_without_causality_is_a_mistake():
@@ -365,7 +393,7 @@ def test_naming_cudnn_without_a_gpu_says_what_it_needs(monkeypatch):
 
 
 def test_an_unknown_backend_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no backend 'flash'; known are 'auto', 'cudnn', 'xla'"):
+    with pytest.raises(ValueError, match=r"no backend 'flash'; known are 'auto', 'cudnn', 'xla', 'short'"):
         attention(*qkv(16), segments=segments((0, 16)), causal=True, backend="flash")
 
 
