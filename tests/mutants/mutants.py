@@ -31,6 +31,7 @@ LOOP = "tests/jaxlora/train/test_loop.py"
 OPTIM = "tests/jaxlora/train/test_optim.py"
 CHECKPOINT = "tests/jaxlora/train/test_checkpoint.py"
 RESUME = "tests/jaxlora/train/test_resume.py"
+QWEN = "tests/jaxlora/models/test_qwen_vl.py"
 GENERATE = "tests/jaxlora/api/test_generate.py"
 EVALUATION = "tests/jaxlora/api/test_user_scripts.py::TestLanguage::test_evaluation_is_the_mean_token_loss_of_the_logits"
 ERRORS = "tests/jaxlora/api/test_errors.py"
@@ -158,6 +159,10 @@ MUTANTS = [
     Mutant("jaxlora/weights/base.py", "part + total, parts", "total, parts", "the gradient by the first of a group alone", LINEAR),
     Mutant("jaxlora/weights/base.py", "beside(*dys, *u)", "beside(*u, *dys)", "columns swapped", FORMATS),
     Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", ATTENTION),
+    Mutant("pallas_kernels/attention/cudnn.py", "(key >= lo) &", "(key > lo) &", "cuDNN's mask hides the first key", ATTENTION),
+    Mutant("pallas_kernels/attention/short.py", "segments[1] > spec.longest", "segments[1] < 0", "a cut segment is not told", ATTENTION),
+    Mutant("pallas_kernels/attention/short.py", "& filled.reshape", "| ~filled.reshape", "a segment sees what follows it", REFERENCE),
+    Mutant("jaxlora/nn/vision.py", "config.window**2 * config.merged", "config.window**2", "windows of too few patches", QWEN),
     Mutant("pallas_kernels/attention/spec.py", "length - end, 0", "length - end - 1, 0", "the last padding is left out", ATTENTION),
     Mutant("jaxlora/train/auto.py", "needed_gib <= limit_gib", "needed_gib >= limit_gib", "a policy that does not fit", AUTO),
     Mutant("jaxlora/train/loop.py", ".sum()), at)", ".sum()), time.perf_counter())", "steps end when they are read", LOOP),
