@@ -4,8 +4,8 @@
 them. cuDNN wants, for B rows of at most M segments, the lengths [B, M] and the starts [B, M + 1], both padded with -1. The last column of
 the starts stays -1: an end there makes every row but the first wrong, silently, which is why `check_packing` runs before the first use.
 
-What segments and causality do not say (an interval for each query, tokens that see ahead, a window among packed documents) is said by an
-additive mask [B, 1, S, T] that all heads share. cuDNN then computes all S x T products, many times as fast as the blockwise path does some.
+What segments and causality do not say (an interval for each query, tokens that see ahead, a window) is said by an additive mask
+[B, 1, S, T] that all heads share. cuDNN then computes all S x T products.
 """
 
 import functools
@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _kernel
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.spec import Covering, Intervals, KeyValue, Query, Reach, Segments, Spec, cover, key_ranges
+from pallas_kernels.attention.spec import MASKED, Covering, Intervals, KeyValue, Query, Reach, Segments, Spec, cover, key_ranges
 
 _WIDEST_HEAD = 256
 # Of the device's memory; a mask lives for one layer's call.
 _MASK_SHARE = 1 / 32
-# Finite: a query that sees nothing has a softmax, whose result is dropped.
-_MASKED = -1e30
+# A masked product takes a quarter of the blockwise path's time (Llama Vision's tower, H200), which leaves out blocks beyond a window.
+_FASTER = 4
 # An element of q and a segment, in the backward: as if each segment had an fp32 sum of the whole row. With 258 windows in a row of 8,192,
 # 16 heads of 80, a step took 11 GB more than XLA had planned (H200, cuDNN 9.19).
 _WORKSPACE_BYTES = 4
@@ -47,15 +47,15 @@ def refuses(
         return "has no sinks"
     if segments is not None:
         masked, alone = _masked(spec, segments, reach), _alone(spec, segments)
-        reason = _unfit_mask(q, k) if masked else None if alone else _too_large(q, segments[0].shape[1])
+        reason = _unfit_mask(spec, q, k) if masked else None if alone else _too_large(q, segments[0].shape[1])
         if reason is not None:
             return reason
     return _kernel.device().lacks((9, 0))
 
 
 def _masked(spec: Spec, segments: Segments, reach: Reach) -> bool:
-    """Whether a mask must say what a query sees. A row of one document has its window from cuDNN."""
-    return isinstance(segments, Intervals) or reach is not None or (spec.window is not None and not _alone(spec, segments))
+    """Whether a mask must say what a query sees. cuDNN's own window was never compared with the reference."""
+    return isinstance(segments, Intervals) or reach is not None or spec.window is not None
 
 
 def _alone(spec: Spec, segments: Segments) -> bool:
@@ -75,9 +75,11 @@ def _too_large(q: Query, segments: int) -> str | None:
     return f"needs {needed / 1e9:.1f} GB for {segments} segments a row, more than an eighth of the device's {limit / 1e9:.0f} GB"
 
 
-def _unfit_mask(q: Query, k: KeyValue) -> str | None:
+def _unfit_mask(spec: Spec, q: Query, k: KeyValue) -> str | None:
     """Why there is no mask for this call, or None."""
     (B, S), T = q.shape[:2], k.shape[1]
+    if spec.window is not None and T > _FASTER * (spec.window + xla.LARGEST_BLOCK):
+        return f"computes all {T} keys of each query, for a window of {spec.window}"
     if S % 2 or T % 2:
         return f"masks even numbers of queries and keys alone, got {S} and {T}"
     limit, needed = _kernel.device().memory_bytes, q.dtype.itemsize * B * S * T
@@ -164,11 +166,11 @@ def packing_errors(forward: Any, backward: Any) -> dict[str, float]:
 def _operands(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments, reach: Reach) -> tuple[tuple[Array, ...], dict[str, Any]]:
     """The operands and options that the forward and the backward primitive share."""
     unused, masks = jnp.zeros(0, q.dtype), binding.MaskType
-    bias, lengths, offsets, window = unused, unused, unused, None
+    bias, lengths, offsets = unused, unused, unused
     if masked := _masked(spec, segments, reach):
         bias, mask_type = _mask(spec, q, k, segments, reach), masks.NO_MASK
     elif _alone(spec, segments):
-        mask_type, window = masks.CAUSAL, spec.window
+        mask_type = masks.CAUSAL
     else:
         lengths, offsets = packed_segments(segments)
         mask_type = masks.PADDING_CAUSAL if spec.causal else masks.PADDING
@@ -180,7 +182,7 @@ def _operands(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments
         "variadic_args": (masked, False),
         "mask_type": mask_type,
         "layout": binding.AttentionLayout.BTNH.value,
-        "sliding_window_length": window,
+        "sliding_window_length": None,
     }
     return (q, k, v, bias, lengths, lengths, offsets, offsets, unused, unused), options
 
@@ -189,7 +191,7 @@ def _mask(spec: Spec, q: Query, k: KeyValue, segments: Segments, reach: Reach) -
     """0 where a query sees a key."""
     lo, hi = (bound[:, None, :, None] for bound in key_ranges(spec, segments, q.shape[1], reach))
     key = jnp.arange(k.shape[1], dtype=lo.dtype)[None, None, None, :]
-    hidden = max(_MASKED, float(jnp.finfo(q.dtype).min) / 4)
+    hidden = max(MASKED, float(jnp.finfo(q.dtype).min) / 4)
     return jnp.where((key >= lo) & (key < hi), 0.0, hidden).astype(q.dtype)
 
 

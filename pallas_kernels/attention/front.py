@@ -39,7 +39,7 @@ def attention(
     cap(s) = softcap * tanh(s / softcap). ``sinks`` are one more logit a head, neither scaled nor capped, that takes part in the softmax and
     has no value. ``scale`` is C**-0.5 unless given. ``reach`` (int32) lifts causality up to a key: query i also sees the keys j < reach_i
     of its segment. Tokens of an image that see each other both ways have the image's end there, all others 0. ``longest`` promises that no
-    segment has more tokens, which makes each a small dense attention ("short"); a longer one turns the result into NaN.
+    segment has more tokens; if it is small, each is a dense attention of its own ("short"), where a broken promise gives NaN.
 
     Cross-attention, and masks that are no segments, give `Intervals` as ``segments``: query i then sees the keys starts_i <= j < ends_i
     (none: exactly zero), whatever their number T.

@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention.spec import Intervals, KeyValue, Query, Reach, Segments, Spec, key_ranges
+from pallas_kernels.attention.spec import MASKED, Intervals, KeyValue, Query, Reach, Segments, Spec, key_ranges
 
 # Of longer segments, the square of logits is more than other backends need.
 _LONGEST = 128
-# Finite, so that the softmax of a token that sees nothing is a number; it is dropped.
-_MASKED = -1e30
 
 
 class _Places(NamedTuple):
@@ -133,4 +131,4 @@ def _weights(
 ) -> Float[Array, "b K G L L"]:
     """The softmax, in f32."""
     logits = jnp.einsum("bqkgc,btkc->bkgqt", _grouped(q, k.shape[2]), k, preferred_element_type=jnp.float32) * scale
-    return jax.nn.softmax(jnp.where(visible[:, :, None], logits, _MASKED), axis=-1)
+    return jax.nn.softmax(jnp.where(visible[:, :, None], logits, MASKED), axis=-1)

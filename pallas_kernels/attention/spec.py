@@ -12,6 +12,9 @@ type Segments = tuple[Int[Array, "B M"], Int[Array, "B M"]]
 type Reach = Int[Array, "B S"] | None
 type LogSumExp = Float[Array, "..."]
 
+# A hidden logit: finite, so that the softmax of a query that sees nothing is a number, which is dropped, and not NaN.
+MASKED = -1e30
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:

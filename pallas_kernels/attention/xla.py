@@ -20,11 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention.spec import KeyValue, Query, Reach, Segments, Spec, key_ranges
+from pallas_kernels.attention.spec import MASKED, KeyValue, Query, Reach, Segments, Spec, key_ranges
 
-# Finite, so that the difference of two masked logits is 0 and not NaN.
-_MASKED = -1e30
-_LARGEST_BLOCK = 512
+LARGEST_BLOCK = 512
 _TILE_ELEMENTS = 2**24
 
 # A loop counts with an int under `jax.disable_jit`.
@@ -127,7 +125,7 @@ def _add_keys(
     """The running maximum, sum and output of a block of queries after a block of keys, the first of which is key ``start``."""
     m, total, acc = state
     logits, visible, _ = _logits(spec, q, k, seen, start)
-    m_new = jnp.maximum(m, jnp.max(jnp.where(visible, logits, _MASKED), axis=-1))
+    m_new = jnp.maximum(m, jnp.max(jnp.where(visible, logits, MASKED), axis=-1))
     p = jnp.where(visible, jnp.exp(logits - m_new[..., None]), 0.0)
     rescale = jnp.exp(m - m_new)
     pv = jnp.einsum("bkgqt,bktc->bkgqc", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -173,7 +171,7 @@ def _logits(
 def _initial(sinks: Float[Array, " H"] | None, shape: tuple[int, ...]) -> tuple[Float[Array, "B K G q"], Float[Array, "B K G q"]]:
     """The running maximum and sum before any key: a sink is a logit that was already seen."""
     if sinks is None:
-        return jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+        return jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(1, shape[1], shape[2], 1)
     return jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
 
@@ -215,7 +213,7 @@ class _Blocks:
 
 def _blocks(q: Query, k: KeyValue) -> tuple[_Blocks, _Blocks]:
     """The blocks of queries and of keys. A tile of f32 logits stays within 64 MiB, however many rows and heads there are."""
-    largest = _LARGEST_BLOCK
+    largest = LARGEST_BLOCK
     while q.shape[0] * q.shape[2] * largest * largest > _TILE_ELEMENTS and largest > 64:
         largest //= 2
 

@@ -41,6 +41,8 @@ BATCHES = "tests/jaxlora/data/test_batches.py"
 RESPONSES = "tests/jaxlora/data/test_responses.py"
 COLLATOR = "tests/jaxlora/data/test_collator.py"
 ATTENTION = "tests/pallas_kernels/test_attention.py"
+CUDNN = "tests/pallas_kernels/test_attention_cudnn.py"
+SHORT = "tests/pallas_kernels/test_attention_short.py"
 ENTROPY = "tests/pallas_kernels/test_linear_cross_entropy.py"
 REFERENCE = "tests/pallas_kernels/test_against_reference.py"
 BNB = "tests/conversion/test_bnb.py"
@@ -158,9 +160,9 @@ MUTANTS = [
     Mutant("jaxlora/nn/linear.py", "return pull(dx), ", "return pull(x), ", "an activation's gradient of its value", LINEAR),
     Mutant("jaxlora/weights/base.py", "part + total, parts", "total, parts", "the gradient by the first of a group alone", LINEAR),
     Mutant("jaxlora/weights/base.py", "beside(*dys, *u)", "beside(*u, *dys)", "columns swapped", FORMATS),
-    Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", ATTENTION),
-    Mutant("pallas_kernels/attention/cudnn.py", "(key >= lo) &", "(key > lo) &", "cuDNN's mask hides the first key", ATTENTION),
-    Mutant("pallas_kernels/attention/short.py", "segments[1] > spec.longest", "segments[1] < 0", "a cut segment is not told", ATTENTION),
+    Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", CUDNN),
+    Mutant("pallas_kernels/attention/cudnn.py", "(key >= lo) &", "(key > lo) &", "cuDNN's mask hides the first key", CUDNN),
+    Mutant("pallas_kernels/attention/short.py", "segments[1] > spec.longest", "segments[1] < 0", "a cut segment is not told", SHORT),
     Mutant("pallas_kernels/attention/short.py", "& filled.reshape", "| ~filled.reshape", "a segment sees what follows it", REFERENCE),
     Mutant("jaxlora/nn/vision.py", "config.window**2 * config.merged", "config.window**2", "windows of too few patches", QWEN),
     Mutant("pallas_kernels/attention/spec.py", "length - end, 0", "length - end - 1, 0", "the last padding is left out", ATTENTION),
