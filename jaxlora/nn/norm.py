@@ -68,9 +68,12 @@ def _rms_norm_fwd(eps: float, x: Array, weight: Array) -> tuple[Array, Any]:
 def _rms_norm_bwd(eps: float, residuals: Any, dy: Array) -> tuple[Array, Array]:
     """With n = x / rms and g = w·dy: dx = (g - n·mean(g·n)) / rms, dw = Σ dy·n over the rows."""
     x, weight, inverse = residuals
-    normed = x.astype(jnp.float32) * inverse
+    x32 = x.astype(jnp.float32)
+    normed = x32 * inverse
     g = (dy.astype(weight.dtype) * weight).astype(jnp.float32)
-    dx = inverse * (g - normed * jnp.mean(g * normed, axis=-1, keepdims=True))
+    # Without 1 / rms inside, the sum does not wait for it: both are one pass over x.
+    along = inverse * jnp.mean(g * x32, axis=-1, keepdims=True)
+    dx = inverse * (g - normed * along)
     dweight = jnp.sum(dy.astype(jnp.float32) * normed.astype(weight.dtype).astype(jnp.float32), axis=tuple(range(x.ndim - 1)))
     return dx.astype(x.dtype), dweight.astype(weight.dtype).reshape(weight.shape)
 

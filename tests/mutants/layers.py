@@ -8,7 +8,7 @@ STACK = "tests/jaxlora/nn/test_stack.py"
 TILES = "tests/jaxlora/nn/test_mlp.py"
 
 LAYER_MUTANTS = [
-    Mutant("jaxlora/nn/norm.py", "jnp.mean(g * normed, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
+    Mutant("jaxlora/nn/norm.py", "jnp.mean(g * x32, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
     Mutant("jaxlora/nn/offload.py", "[here, *saved]", "[before[0], *saved]", "every block is recomputed from the first input", STACK),
     Mutant("jaxlora/nn/offload.py", "if x.shape[-2] >= _LONG", "if False", "attention of long rows is computed again", OFFLOAD),
     Mutant("jaxlora/nn/offload.py", "jnp.add, dconst, added", "lambda a, b: b, dconst, added", "what blocks share, by one of them", STACK),
