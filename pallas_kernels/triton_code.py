@@ -168,10 +168,11 @@ def transposed_columns(u, rows, kept, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def store_sum(out, acc, split, columns, kept, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """out[split] [R, N] at these columns."""
+def store_sum(out, acc, split, columns, kept, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, TURNED: tl.constexpr):
+    """out[split] [R, N], or where ``TURNED`` [N, R], at these columns."""
     ranks = tl.arange(0, BLOCK_R)
-    place = (split * R + ranks)[:, None].to(tl.int64) * N + columns[None]
+    rank_stride, column_stride = (1, R) if TURNED else (N, 1)
+    place = (split * N * R).to(tl.int64) + ranks[:, None] * rank_stride + columns[None].to(tl.int64) * column_stride
     tl.store(out + place, acc, mask=(ranks < R)[:, None] & kept[None])
 
 
@@ -182,7 +183,7 @@ def gated_gradients(
     R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """de, dg [M, N] of h = act(e) ∘ g, and for part p of the rows: u_gateᵀ de, u_upᵀ dg, duᵀ h [p, R, N]."""
+    """de, dg [M, N] of h = act(e) ∘ g, and for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N]."""
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_kept = columns < N
@@ -205,6 +206,6 @@ def gated_gradients(
         gate = tl.dot(transposed_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), de_tile, gate)
         up = tl.dot(transposed_columns(u_up, rows, row_kept, R_UP, BLOCK_UP), dg_tile, up)
         down = tl.dot(transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), activated * times, down)
-    store_sum(db_gate, gate, split, columns, column_kept, N, R_GATE, BLOCK_GATE)
-    store_sum(db_up, up, split, columns, column_kept, N, R_UP, BLOCK_UP)
-    store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN)
+    store_sum(db_gate, gate, split, columns, column_kept, N, R_GATE, BLOCK_GATE, True)
+    store_sum(db_up, up, split, columns, column_kept, N, R_UP, BLOCK_UP, True)
+    store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN, False)

@@ -15,11 +15,11 @@ from pallas_kernels.int4_matmul.triton import block_r
 class Config:
     """A program takes ``BLOCK_N`` columns and walks the rows of one of ``SPLITS`` parts, ``BLOCK_M`` at a time."""
 
-    BLOCK_M: int = 64
+    BLOCK_M: int = 32
     BLOCK_N: int = 64
     SPLITS: int = 8
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
 
 
 def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
@@ -40,7 +40,8 @@ def gradients(
     splits = config.pop("SPLITS")
     ranks = [u.shape[1] for u in (*us, du)]
     wide = jax.ShapeDtypeStruct(e.shape, e.dtype)
-    sums = [jax.ShapeDtypeStruct((splits, rank, columns), jnp.float32) for rank in ranks]
+    shapes = [(columns, ranks[0]), (columns, ranks[1]), (ranks[2], columns)]
+    sums = [jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in shapes]
     names = ("GATE", "UP", "DOWN")
     de, dg, *parts = _triton.call(
         _triton.device_code().gated_gradients,
@@ -54,5 +55,4 @@ def gradients(
         **{f"R_{name}": rank for name, rank in zip(names, ranks, strict=True)},
         **{f"BLOCK_{name}": block_r(rank) for name, rank in zip(names, ranks, strict=True)},
     )
-    gate, up, down = (part.sum(0) for part in parts)
-    return de, dg, gate.T, up.T, down
+    return de, dg, *(part.sum(0) for part in parts)
