@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.norm import CentredRMSNorm, RMSNorm
@@ -79,6 +80,8 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         table = shared.rope if self.window is None or shared.local_rope is None else shared.local_rope
         q, k = rotate(q, table), rotate(k, table)
+        if self.q_norm is None:
+            q, k, v = named(q, k, v)
         cache = layer.cache
         if cache is not None and shared.column is not None:
             cache = tuple(_write(old, new, shared.column) for old, new in zip(cache, (k, v), strict=True))
@@ -120,6 +123,14 @@ class LayerInputs:
     keys: dict[str, Any] | None = None
     cache: Any = None
     number: Any = None
+
+
+def named(*qkv: Float[Array, "B S _ C"]) -> tuple[Float[Array, "B S _ C"], ...]:
+    """Turned queries and keys, and values, for the policies that keep them in place of the products that they come from.
+
+    Not where a norm comes between, whose backward needs those all the same.
+    """
+    return tuple(checkpoint_name(t, "qkv") for t in qkv)
 
 
 def _write(cache: Float[Array, "B T K C"], new: Float[Array, "B S K C"], column: Int[Array, " B"]) -> Float[Array, "B T K C"]:

@@ -15,7 +15,7 @@ from jaxlora.nn.attention import Attention, AttentionConfig, LayerInputs, Segmen
 from jaxlora.nn.embed import Embed, features_at
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.mlp import GeGLU, SwiGLU, by_tiles
-from jaxlora.nn.norm import CentredRMSNorm, RMSNorm
+from jaxlora.nn.norm import CentredRMSNorm, RMSNorm, residual
 from jaxlora.nn.scan import Scan
 from jaxlora.nn.stack import Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
@@ -113,7 +113,7 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], shared: Shared, layer: LayerInputs) -> tuple[Float[Array, "B S D"], Any]:
         """Returns the state and, in generation, the layer's cache."""
         attended, cache = self.self_attn(self.input_layernorm(x), shared, layer)
-        x = x + attended
+        x = residual(x, attended)
         return x + by_tiles(lambda h: self.mlp(self.post_attention_layernorm(h), layer.keys), x, _tile(shared, layer)), cache
 
 
@@ -144,7 +144,7 @@ class SandwichLayer(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], shared: Shared, layer: LayerInputs) -> tuple[Float[Array, "B S D"], Any]:
         """Returns the state and, in generation, the layer's cache."""
         attended, cache = self.self_attn(self.input_layernorm(x), shared, layer)
-        x = x + self.post_attention_layernorm(attended)
+        x = residual(x, self.post_attention_layernorm(attended))
 
         def mlp(h: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
             return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h), layer.keys))

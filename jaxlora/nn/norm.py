@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import abstract
@@ -79,6 +80,11 @@ def _rms_norm_bwd(eps: float, residuals: Any, dy: Array) -> tuple[Array, Array]:
 
 
 _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+def residual(x: Float[Array, "*N D"], added: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    """x + added in the middle of a block, for the policies that keep it: what was added is then not needed again."""
+    return checkpoint_name(x + added, "residual")
 
 
 def _row(param: nnx.Param[Any], like: Array) -> Array:

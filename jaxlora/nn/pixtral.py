@@ -12,11 +12,11 @@ from conversion.hf_config import Rope
 from jaxlora.data.batches import Batch
 from jaxlora.errors import raise_all
 from jaxlora.nn import rope
-from jaxlora.nn.attention import LayerInputs, Shared
+from jaxlora.nn.attention import LayerInputs, Shared, named
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import SwiGLU
-from jaxlora.nn.norm import RMSNorm
+from jaxlora.nn.norm import RMSNorm, residual
 from jaxlora.nn.stack import Stack
 from jaxlora.nn.vision import PatchProjection
 from jaxlora.typing import Array, Float, PRNGKeyArray
@@ -78,6 +78,7 @@ class PixtralAttention(nnx.Module):
         projected = project((self.q_proj, self.k_proj, self.v_proj), x, [keys.get(f"{name}_proj") for name in "qkv"])
         q, k, v = (t.reshape(P, W, self.heads, -1) for t in projected)
         q, k = rope.rotate(q, shared.rope), rope.rotate(k, shared.rope)
+        q, k, v = named(q, k, v)
         y = attention(q, k, v, segments=shared.segments, causal=False, backend=shared.backend)
         return self.o_proj(y.reshape(P, W, -1), keys.get("o_proj"))
 
@@ -94,7 +95,7 @@ class PixtralLayer(nnx.Module):
     def __call__(self, x: Float[Array, "P W D"], shared: Shared, layer: LayerInputs) -> tuple[Float[Array, "P W D"], None]:
         """Returns the state; a layer has no output of its own."""
         keys = layer.keys or {}
-        x = x + self.attention(self.attention_norm(x), shared, keys)
+        x = residual(x, self.attention(self.attention_norm(x), shared, keys))
         return x + self.feed_forward(self.ffn_norm(x), keys), None
 
 

@@ -21,6 +21,8 @@ type Policy = Callable[..., Any]
 type Remat = Policy | None
 type Block = Callable[..., tuple[Array, Any]]
 
+# Bytes. An adapter's matrices, a weight's scales.
+_SMALL = 4 << 20
 _COLUMNS = jax.checkpoint_policies.save_only_these_names("lora_u")
 
 
@@ -29,7 +31,8 @@ class Scan:
     """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
     nothing but its input). ``columns`` saves the R columns A·x of each adapter where all layers of a run are alike; layers of several kinds
     are recomputed whole, by the forward's own function of each kind. With ``offload`` the blocks' inputs are in pinned host memory, and
-    nothing else is kept; layers then return nothing of their own. ``unroll`` periods are compiled one after the other.
+    nothing else is kept; layers then return nothing of their own. ``unroll`` periods are compiled one after the other: all of them where
+    there are fewer.
 
     Raises:
       ValueError: ``offload`` or ``columns`` without ``checkpoint`` or with a policy; ``offload`` with unrolling, which it would not follow.
@@ -51,10 +54,6 @@ class Scan:
     def policy(self) -> Remat:
         """What is saved of layers that are all alike."""
         return _COLUMNS if self.columns else self.remat
-
-    def once(self, repeats: int) -> bool:
-        """Whether no loop is left of so many periods. XLA would then find the recomputed block to be the first one, and keep all of it."""
-        return self.unroll >= repeats > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +99,14 @@ class _Plan:
     blocks: tuple[Block, ...]
 
     @property
+    def policy(self) -> Remat:
+        """What is saved of a layer."""
+        return self.scan.policy if len(self.blocks) == 1 else self.scan.remat
+
+    @property
     def plain(self) -> bool:
-        """Whether the backward has all of each block computed again as the forward did, in a loop of its own."""
-        scan = self.scan
-        return scan.checkpoint and not scan.offload and scan.remat is None and not scan.once(self.run.repeats)
+        """Whether the backward has all of each block computed again as the forward did."""
+        return self.scan.checkpoint and not self.scan.offload and self.policy is None
 
     def how(self, x: Array) -> tuple[Mapping[str, Any] | None, bool]:
         """(arguments of `jax.checkpoint` or None, whether anything is kept beside the blocks' inputs), as `linearise` has them."""
@@ -111,7 +114,7 @@ class _Plan:
             return recomputing(x), True
         if self.plain or not self.scan.checkpoint:
             return None, not self.plain
-        return {"policy": self.scan.remat, "prevent_cse": self.scan.once(self.run.repeats)}, self.scan.remat is not None
+        return {"policy": self.policy, "prevent_cse": False}, True
 
     def moved(self, tree: Any, to: Any) -> Any:
         """The tree; moved, where the blocks' inputs wait in host memory."""
@@ -166,9 +169,15 @@ def _take(stacked: Any, i: Array) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
 
 
+def _take_in_turn(stacked: Any, i: Array, turn: Array) -> Any:
+    """Layer i's part. ``turn`` is i when it is the layer's turn, for which large leaves wait: what is made of them takes memory. Small ones
+    do not: much is made of them, in little time, which nothing has to wait for."""
+    return jax.tree.map(lambda a: _take(a, i if a.nbytes <= a.shape[0] * _SMALL else turn), stacked)
+
+
 def _in_turn(*arrays: Any) -> tuple[Any, ...]:
-    """The arrays, none before all are there. Of a period, XLA would else decode the weights of all layers at once, and leave the gradients
-    of all adapters for later: each into memory of its own."""
+    """The arrays, none before all are there. Of layers that no loop parts, XLA would else decode the weights at once, leave the adapters'
+    gradients for later, and find what is computed again to be what was computed first: each into memory of its own."""
     return jax.lax.optimization_barrier(arrays)
 
 
@@ -184,8 +193,8 @@ def _forward(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: 
     run, (how, keep) = plan.run, plan.how(x)
 
     def layer(kind: int, x: Array, i: Array, own: Any, const: Any, outs: Any) -> tuple[Array, Any, list[Array]]:
-        x, i = _in_turn(x, i)
-        one, saved = _take(own, i), []
+        x, turn = _in_turn(x, i)
+        one, saved = _take_in_turn(own, i, turn), []
         if wanted is not None and keep:
             (x, out), saved, _ = linearise(plan.blocks[kind], x, one, const, wanted[kind], how, keep=keep)
         else:
@@ -229,11 +238,11 @@ def _scan_bwd(plan: _Plan, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     run, (how, keep) = plan.run, plan.how(dx)
 
     def layer(kind: int, dx: Array, kept: list[Array], i: Array, own: Any, const: Any, dout: Any, sums: Any) -> tuple[Array, Any]:
-        (here, *saved), (downs, dconsts) = kept, sums
-        dx, i, here, downs = _in_turn(dx, i, here, downs)
-        pull = linearise(plan.blocks[kind], here, _take(own, i), const, wanted[kind], how, keep=keep)[2]
+        downs, dconsts = sums
+        dx, turn, (here, *saved), downs = _in_turn(dx, i, kept, downs)
+        pull = linearise(plan.blocks[kind], here, _take_in_turn(own, i, turn), const, wanted[kind], how, keep=keep)[2]
         dx, down, dconst = pull((dx, _take(dout, i)), saved)
-        return dx, (_put(downs, i, down), jax.tree.map(jnp.add, dconsts, dconst))
+        return dx, (_put(downs, turn, down), jax.tree.map(jnp.add, dconsts, dconst))
 
     layers = [jax.jit(functools.partial(layer, kind)) for kind in range(len(plan.blocks))]
 

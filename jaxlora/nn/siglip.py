@@ -13,7 +13,7 @@ from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import Embed
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import PlainMLP, gelu_tanh, quick_gelu
-from jaxlora.nn.norm import LayerNorm
+from jaxlora.nn.norm import LayerNorm, residual
 from jaxlora.nn.stack import Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import abstract, contract_last
@@ -122,7 +122,7 @@ class SiglipLayer(nnx.Module):
     def __call__(self, x: Float[Array, "P W D"], shared: SiglipShared, layer: LayerInputs) -> tuple[Float[Array, "P W D"], None]:
         """Returns the state; a layer has no output of its own."""
         keys = layer.keys or {}
-        x = x + self.self_attn(self.layer_norm1(x), shared, keys)
+        x = residual(x, self.self_attn(self.layer_norm1(x), shared, keys))
         return x + self.mlp(self.layer_norm2(x), keys), None
 
 

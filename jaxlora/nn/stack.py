@@ -125,12 +125,12 @@ class Stack(nnx.Module):
         # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
         slots = jnp.array([(*wanted, i).index(i) for i in range(run.start, run.stop)]) if wanted else None
         states = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
-        if len(blocks) > 1:
+        if len(blocks) > 1 or scan.unroll > 1:
             return scan_periods(run, scan, blocks, x, owns, slots, states)
         (block,), (own,) = blocks, owns
         if scan.offload:
             return *scan_offloaded(block, x, own, slots, states), [None]
-        whole = jax.checkpoint(block, policy=scan.policy, prevent_cse=scan.once(run.repeats)) if scan.checkpoint else block
+        whole = jax.checkpoint(block, policy=scan.policy, prevent_cse=False) if scan.checkpoint else block
 
         def body(carry: Any, each: Any) -> Any:
             (x, states), (own, slot) = carry, each
@@ -138,7 +138,7 @@ class Stack(nnx.Module):
             x, out = whole(x, own)
             return (x, states), out
 
-        (x, states), out = jax.lax.scan(body, (x, states), (own, slots), unroll=min(scan.unroll, run.repeats))
+        (x, states), out = jax.lax.scan(body, (x, states), (own, slots))
         return x, states, [out]
 
     def regroup(self, edit: Callable[[int, nnx.Module], None]) -> "Stack":

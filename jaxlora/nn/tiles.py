@@ -20,7 +20,7 @@ from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import Embed
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import PlainMLP, gelu
-from jaxlora.nn.norm import LayerNorm
+from jaxlora.nn.norm import LayerNorm, residual
 from jaxlora.nn.stack import Stack
 from jaxlora.nn.vision import PatchProjection
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
@@ -165,7 +165,7 @@ class TilesLayer(nnx.Module):
         """Returns the state; a layer has no output of its own."""
         keys = layer.keys or {}
         attended = self.self_attn(self.input_layernorm(x), shared, keys)
-        x = x + (attended if self.gate_attn is None else gate(self.gate_attn, x.dtype) * attended)
+        x = residual(x, attended if self.gate_attn is None else gate(self.gate_attn, x.dtype) * attended)
         y = self.mlp(self.post_attention_layernorm(x), keys)
         return x + (y if self.gate_ffn is None else gate(self.gate_ffn, x.dtype) * y), None
 

@@ -11,11 +11,12 @@ from conversion.hf_config import Rope
 from jaxlora.data.batches import Batch
 from jaxlora.errors import raise_all
 from jaxlora.nn import rope
-from jaxlora.nn.attention import LayerInputs, Shared
+from jaxlora.nn.attention import LayerInputs, Shared, named
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import features_at
 from jaxlora.nn.linear import Linear, project_activated
 from jaxlora.nn.mlp import gelu
+from jaxlora.nn.norm import residual
 from jaxlora.nn.stack import Stack, fold_path
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import abstract, contract_last
@@ -130,7 +131,8 @@ class VisionAttention(nnx.Module):
         q, k = (rope.rotate(qkv[:, :, i], shared.rope) for i in (0, 1))
         segments = shared.windows if self.windowed else shared.segments
         assert segments is not None
-        y = attention(q, k, qkv[:, :, 2], segments=segments, causal=False, longest=self.longest, backend=shared.backend)
+        q, k, v = named(q, k, qkv[:, :, 2])
+        y = attention(q, k, v, segments=segments, causal=False, longest=self.longest, backend=shared.backend)
         return self.proj(y.reshape(P, W, -1), keys.get("proj"))
 
 
@@ -146,7 +148,7 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "P W D"], shared: VisionShared, layer: LayerInputs) -> tuple[Float[Array, "P W D"], None]:
         """Returns the state; a block has no output of its own."""
         keys = layer.keys or {}
-        x = x + self.attn(self.norm1(x), shared, keys)
+        x = residual(x, self.attn(self.norm1(x), shared, keys))
         return x + self.mlp(self.norm2(x), keys), None
 
 

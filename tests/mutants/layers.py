@@ -4,6 +4,7 @@ from record import Mutant
 
 NORM = "tests/jaxlora/nn/test_norm.py"
 OFFLOAD = "tests/jaxlora/nn/test_offload.py"
+REMAT = "tests/jaxlora/train/test_remat.py"
 STACK = "tests/jaxlora/nn/test_stack.py"
 TILES = "tests/jaxlora/nn/test_mlp.py"
 
@@ -13,7 +14,9 @@ LAYER_MUTANTS = [
     Mutant("jaxlora/nn/offload.py", "if x.shape[-2] >= _LONG", "if False", "attention of long rows is computed again", OFFLOAD),
     Mutant("jaxlora/nn/offload.py", "jnp.add, dconst, added", "lambda a, b: b, dconst, added", "what blocks share, by one of them", STACK),
     Mutant("jaxlora/nn/scan.py", "jnp.add, dconsts, dconst", "lambda a, b: b, dconsts, dconst", "what kinds share, by one layer", STACK),
-    Mutant("jaxlora/nn/scan.py", "_put(downs, i, down)", "_put(downs, 0, down)", "all gradients of a kind in one place", STACK),
+    Mutant("jaxlora/nn/scan.py", "_put(downs, turn, down)", "_put(downs, 0, down)", "all gradients of a kind in one place", STACK),
+    Mutant("jaxlora/train/remat.py", '"residual"', '"none"', "the projection is kept in place of the sum", REMAT),
+    Mutant("jaxlora/nn/attention.py", "if self.q_norm is None:", "if True:", "turned heads are kept beside what is normed", REMAT),
     Mutant("jaxlora/nn/scan.py", " + self.kinds[:p].count(kind)", "", "a period's layers of a kind are one layer", STACK),
     Mutant("jaxlora/nn/scan.py", "else [here, *saved]", "else [x, *saved]", "layers are recomputed from their outputs", STACK),
     Mutant("jaxlora/nn/scan.py", "repeats - 1 - done if reverse else done", "done", "the backward begins with the first period", STACK),

@@ -88,8 +88,8 @@ def gradient_under(policy, **options):
 
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [(True, {}), ("unsloth", {"mlp_tile": 8}), ("dots", {}), (True, {"unroll": 99})],
-    ids=["True", "unsloth", "dots", "unrolled"],
+    [(True, {}), ("unsloth", {"mlp_tile": 8}), ("dots", {}), ("dots", {"unroll": 1}), (True, {"unroll": 99})],
+    ids=["True", "unsloth", "dots", "dots in a loop", "unrolled"],
 )
 def test_remat_changes_neither_loss_nor_gradient(policy, options):
     (loss, gradient), (expected_loss, expected) = gradient_under(policy, **options), gradient_under(False)
