@@ -103,9 +103,11 @@ def timed_steps(compiled: Any, trees: Sequence[Any], count: int) -> tuple[tuple[
     """((trainable, state), seconds, losses) of ``count`` steps."""
     trainable, state, frozen, batch = trees
     seconds, losses = [], []
-    for i in range(count):
+    # On the device beforehand, as the batch is.
+    numbers = jax.block_until_ready([jnp.int32(i) for i in range(count)])
+    for number in numbers:
         started = time.perf_counter()
-        trainable, state, metrics = jax.block_until_ready(compiled(trainable, state, frozen, batch, jnp.int32(i)))
+        trainable, state, metrics = jax.block_until_ready(compiled(trainable, state, frozen, batch, number))
         seconds.append(time.perf_counter() - started)
         losses.append(round(float(metrics["loss"]), 4))
     return (trainable, state), seconds, losses

@@ -120,6 +120,13 @@ class _Plan:
         """The tree; moved, where the blocks' inputs wait in host memory."""
         return jax.device_put(tree, to) if self.scan.offload else tree
 
+    def part(self, stacked: Any, i: Array, turn: Array) -> Any:
+        """Layer i's part. ``turn`` is i when it is the layer's turn, for which leaves wait: what is made of them takes memory. Where more
+        is kept anyway, small ones do not wait: many small things are made of them, for which nothing then has to wait."""
+        # Unknown to XLA: with the number in them, no two layers would have a kernel in common.
+        (ahead,) = (turn,) if self.plain else _in_turn(i)
+        return jax.tree.map(lambda a: _take(a, ahead if a.nbytes <= a.shape[0] * _SMALL else turn), stacked)
+
     def empty_outs(self, x: Array, owns: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
         """Room for what the layers of each kind return."""
         outs = [jax.eval_shape(b, x, _one(own), *const)[1] for b, own, const in zip(self.blocks, owns, consts, strict=True)]
@@ -169,12 +176,6 @@ def _take(stacked: Any, i: Array) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
 
 
-def _take_in_turn(stacked: Any, i: Array, turn: Array) -> Any:
-    """Layer i's part. ``turn`` is i when it is the layer's turn, for which large leaves wait: what is made of them takes memory. Small ones
-    do not: much is made of them, in little time, which nothing has to wait for."""
-    return jax.tree.map(lambda a: _take(a, i if a.nbytes <= a.shape[0] * _SMALL else turn), stacked)
-
-
 def _in_turn(*arrays: Any) -> tuple[Any, ...]:
     """The arrays, none before all are there. Of layers that no loop parts, XLA would else decode the weights at once, leave the adapters'
     gradients for later, and find what is computed again to be what was computed first: each into memory of its own."""
@@ -194,7 +195,7 @@ def _forward(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: 
 
     def layer(kind: int, x: Array, i: Array, own: Any, const: Any, outs: Any) -> tuple[Array, Any, list[Array]]:
         x, turn = _in_turn(x, i)
-        one, saved = _take_in_turn(own, i, turn), []
+        one, saved = plan.part(own, i, turn), []
         if wanted is not None and keep:
             (x, out), saved, _ = linearise(plan.blocks[kind], x, one, const, wanted[kind], how, keep=keep)
         else:
@@ -240,7 +241,7 @@ def _scan_bwd(plan: _Plan, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     def layer(kind: int, dx: Array, kept: list[Array], i: Array, own: Any, const: Any, dout: Any, sums: Any) -> tuple[Array, Any]:
         downs, dconsts = sums
         dx, turn, (here, *saved), downs = _in_turn(dx, i, kept, downs)
-        pull = linearise(plan.blocks[kind], here, _take_in_turn(own, i, turn), const, wanted[kind], how, keep=keep)[2]
+        pull = linearise(plan.blocks[kind], here, plan.part(own, i, turn), const, wanted[kind], how, keep=keep)[2]
         dx, down, dconst = pull((dx, _take(dout, i)), saved)
         return dx, (_put(downs, turn, down), jax.tree.map(jnp.add, dconsts, dconst))
 
