@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         table = shared.rope if self.window is None or shared.local_rope is None else shared.local_rope
         q, k = rotate(q, table), rotate(k, table)
         if self.q_norm is None:
-            q, k, v = named(q, k, v)
+            q, k, v = kept_heads(q, k, v)
         cache = layer.cache
         if cache is not None and shared.column is not None:
             cache = tuple(_write(old, new, shared.column) for old, new in zip(cache, (k, v), strict=True))
@@ -125,7 +125,7 @@ class LayerInputs:
     number: Any = None
 
 
-def named(*qkv: Float[Array, "B S _ C"]) -> tuple[Float[Array, "B S _ C"], ...]:
+def kept_heads(*qkv: Float[Array, "B S _ C"]) -> tuple[Float[Array, "B S _ C"], ...]:
     """Turned queries and keys, and values, for the policies that keep them in place of the products that they come from.
 
     Not where a norm comes between, whose backward needs those all the same.

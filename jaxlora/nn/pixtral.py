@@ -12,7 +12,7 @@ from conversion.hf_config import Rope
 from jaxlora.data.batches import Batch
 from jaxlora.errors import raise_all
 from jaxlora.nn import rope
-from jaxlora.nn.attention import LayerInputs, Shared, named
+from jaxlora.nn.attention import LayerInputs, Shared, kept_heads
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import SwiGLU
@@ -78,7 +78,7 @@ class PixtralAttention(nnx.Module):
         projected = project((self.q_proj, self.k_proj, self.v_proj), x, [keys.get(f"{name}_proj") for name in "qkv"])
         q, k, v = (t.reshape(P, W, self.heads, -1) for t in projected)
         q, k = rope.rotate(q, shared.rope), rope.rotate(k, shared.rope)
-        q, k, v = named(q, k, v)
+        q, k, v = kept_heads(q, k, v)
         y = attention(q, k, v, segments=shared.segments, causal=False, backend=shared.backend)
         return self.o_proj(y.reshape(P, W, -1), keys.get("o_proj"))
 

@@ -31,8 +31,8 @@ class Scan:
     """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
     nothing but its input). ``columns`` saves the R columns A·x of each adapter where all layers of a run are alike; layers of several kinds
     are recomputed whole, by the forward's own function of each kind. With ``offload`` the blocks' inputs are in pinned host memory, and
-    nothing else is kept; layers then return nothing of their own. ``unroll`` periods are compiled one after the other: all of them where
-    there are fewer.
+    nothing else is kept; layers then return nothing of their own. ``unroll`` periods are compiled one after the other, all of them where
+    there are fewer; None: all of a run whose layers are alike, and one of any other, which has as many layers as a period.
 
     Raises:
       ValueError: ``offload`` or ``columns`` without ``checkpoint`` or with a policy; ``offload`` with unrolling, which it would not follow.
@@ -42,7 +42,7 @@ class Scan:
     remat: Remat = None
     columns: bool = False
     offload: bool = False
-    unroll: int = 1
+    unroll: int | None = 1
 
     def __post_init__(self) -> None:
         if self.offload and (not self.checkpoint or self.columns or self.remat is not None or self.unroll != 1):
@@ -108,6 +108,13 @@ class _Plan:
         """Whether the backward has all of each block computed again as the forward did."""
         return self.scan.checkpoint and not self.scan.offload and self.policy is None
 
+    @property
+    def unroll(self) -> int:
+        """How many periods are compiled one after the other."""
+        if self.scan.unroll is None:
+            return self.run.repeats if len(self.blocks) == 1 else 1
+        return min(self.scan.unroll, self.run.repeats)
+
     def how(self, x: Array) -> tuple[Mapping[str, Any] | None, bool]:
         """(arguments of `jax.checkpoint` or None, whether anything is kept beside the blocks' inputs), as `linearise` has them."""
         if self.scan.offload:
@@ -121,10 +128,11 @@ class _Plan:
         return jax.device_put(tree, to) if self.scan.offload else tree
 
     def part(self, stacked: Any, i: Array, turn: Array) -> Any:
-        """Layer i's part. ``turn`` is i when it is the layer's turn, for which leaves wait: what is made of them takes memory. Where more
-        is kept anyway, small ones do not wait: many small things are made of them, for which nothing then has to wait."""
-        # Unknown to XLA: with the number in them, no two layers would have a kernel in common.
-        (ahead,) = (turn,) if self.plain else _in_turn(i)
+        """Layer i's part. ``turn`` is i when it is the layer's turn, for which leaves wait: what is made of them takes memory. Without a
+        loop, where more is kept anyway, small ones do not wait: many small things are made of them, for which nothing then has to."""
+        looped = self.unroll < self.run.repeats or self.run.repeats == 1
+        # Unknown to XLA: with the number in them, no two layers would have a kernel in common. In a loop it would fail to work it out.
+        (ahead,) = (turn,) if self.plain or looped else _in_turn(i)
         return jax.tree.map(lambda a: _take(a, ahead if a.nbytes <= a.shape[0] * _SMALL else turn), stacked)
 
     def empty_outs(self, x: Array, owns: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
@@ -138,8 +146,8 @@ class _Plan:
         run, repeats = self.run, self.run.repeats
         # Read from arrays: computed, they would be a part of each kernel, and no two layers would have a kernel in common.
         places = [jnp.array(of_layer, jnp.int32) for of_layer in zip(*map(run.places, range(repeats)), strict=True)]
-        if not self.plain or self.scan.unroll > 1:
-            return jax.lax.scan(body, carry, (places, xs), reverse=reverse, unroll=min(self.scan.unroll, repeats))
+        if not self.plain or self.unroll > 1:
+            return jax.lax.scan(body, carry, (places, xs), reverse=reverse, unroll=self.unroll)
 
         # Lowering a scan cuts off what its body drops: the forward's functions would no longer be those of the backward.
         def step(state: Any) -> Any:

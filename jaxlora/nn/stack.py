@@ -125,7 +125,7 @@ class Stack(nnx.Module):
         # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
         slots = jnp.array([(*wanted, i).index(i) for i in range(run.start, run.stop)]) if wanted else None
         states = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
-        if len(blocks) > 1 or scan.unroll > 1:
+        if len(blocks) > 1 or scan.unroll != 1:
             return scan_periods(run, scan, blocks, x, owns, slots, states)
         (block,), (own,) = blocks, owns
         if scan.offload:

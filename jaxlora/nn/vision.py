@@ -11,7 +11,7 @@ from conversion.hf_config import Rope
 from jaxlora.data.batches import Batch
 from jaxlora.errors import raise_all
 from jaxlora.nn import rope
-from jaxlora.nn.attention import LayerInputs, Shared, named
+from jaxlora.nn.attention import LayerInputs, Shared, kept_heads
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import features_at
 from jaxlora.nn.linear import Linear, project_activated
@@ -131,7 +131,7 @@ class VisionAttention(nnx.Module):
         q, k = (rope.rotate(qkv[:, :, i], shared.rope) for i in (0, 1))
         segments = shared.windows if self.windowed else shared.segments
         assert segments is not None
-        q, k, v = named(q, k, qkv[:, :, 2])
+        q, k, v = kept_heads(q, k, qkv[:, :, 2])
         y = attention(q, k, v, segments=segments, causal=False, longest=self.longest, backend=shared.backend)
         return self.proj(y.reshape(P, W, -1), keys.get("proj"))
 

@@ -10,8 +10,6 @@ from jaxlora.nn.scan import Scan
 
 # Tokens: products of this many rows are as fast as any, and weights are decoded anew for each tile.
 MLP_TILE = 8192
-# More than any model has.
-_ALL_LAYERS = 1024
 CHOICES = (False, True, "unsloth", "dots", "auto")
 
 
@@ -21,9 +19,10 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
     memory, from where each is fetched while another block runs (of rows of 8,192 tokens and more also attention's output); "dots" keeps
     matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work; there, unless ``unroll`` says
-    otherwise, every layer is compiled by itself, because a loop would copy all that is kept. The R columns A·x of each adapter are
-    kept by "dots" and "unsloth" and, where all layers are alike, by True: they are small, and recomputing them reads x again. Where blocks
-    are recomputed, the decoder's MLPs take at most 8,192 tokens at a time: more would need more memory and be no faster.
+    otherwise, layers that are all alike are each compiled by themselves, because a loop would copy all that is kept. The R columns A·x of
+    each adapter are kept by "dots" and "unsloth" and, where all layers are alike, by True: they are small, and recomputing them reads x
+    again. Where blocks are recomputed, the decoder's MLPs take at most 8,192 tokens at a time: more would need more memory and be no
+    faster.
 
     >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint
     (True, False)
@@ -32,15 +31,14 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
       ValueError: another value; or "auto", which ``train.auto.choose`` turns into one of the others first.
     """
     saved = jax.checkpoint_policies.save_only_these_names
-    if unroll is None:
-        unroll = _ALL_LAYERS if use_gradient_checkpointing == "dots" else 1
+    periods = 1 if unroll is None else unroll
     match use_gradient_checkpointing:
         case False:
-            return Execution(scan=Scan(unroll=unroll), **other)
+            return Execution(scan=Scan(unroll=periods), **other)
         case True:
-            return Execution(scan=Scan(checkpoint=True, columns=True, unroll=unroll), **{"mlp_tile": MLP_TILE, **other})
+            return Execution(scan=Scan(checkpoint=True, columns=True, unroll=periods), **{"mlp_tile": MLP_TILE, **other})
         case "unsloth":
-            return Execution(scan=Scan(checkpoint=True, offload=True, unroll=unroll), **{"mlp_tile": MLP_TILE, **other})
+            return Execution(scan=Scan(checkpoint=True, offload=True, unroll=periods), **{"mlp_tile": MLP_TILE, **other})
         case "dots":
             kept = saved("dot", "attn_out", "attn_lse", "lora_u", "qkv", "residual")
             return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=unroll), **other)

@@ -15,6 +15,7 @@ LAYER_MUTANTS = [
     Mutant("jaxlora/nn/offload.py", "jnp.add, dconst, added", "lambda a, b: b, dconst, added", "what blocks share, by one of them", STACK),
     Mutant("jaxlora/nn/scan.py", "jnp.add, dconsts, dconst", "lambda a, b: b, dconsts, dconst", "what kinds share, by one layer", STACK),
     Mutant("jaxlora/nn/scan.py", "_put(downs, turn, down)", "_put(downs, 0, down)", "all gradients of a kind in one place", STACK),
+    Mutant("jaxlora/nn/scan.py", "self.plain or looped", "self.plain", "a number that XLA cannot work out in a loop", STACK),
     Mutant("jaxlora/train/remat.py", '"residual"', '"none"', "the projection is kept in place of the sum", REMAT),
     Mutant("jaxlora/nn/attention.py", "if self.q_norm is None:", "if True:", "turned heads are kept beside what is normed", REMAT),
     Mutant("jaxlora/nn/scan.py", " + self.kinds[:p].count(kind)", "", "a period's layers of a kind are one layer", STACK),

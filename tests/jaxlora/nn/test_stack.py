@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.scan import Scan
@@ -115,7 +116,32 @@ SCANS = {
     "offloaded": Scan(checkpoint=True, offload=True),
     "one loop of two periods": Scan(checkpoint=True, unroll=2),
     "no loop": Scan(checkpoint=True, unroll=99),
+    "products kept, no loop": Scan(checkpoint=True, remat=jax.checkpoint_policies.save_only_these_names("dot"), unroll=99),
+    "products kept, a loop where kinds take turns": Scan(
+        checkpoint=True, remat=jax.checkpoint_policies.save_only_these_names("dot"), unroll=None
+    ),
 }
+
+
+def barriers(jaxpr):
+    """The shapes that each barrier of a program holds back, in whatever is nested in it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "optimization_barrier":
+            yield [v.aval.shape for v in eqn.invars]
+        for inner in jaxprs_in_params(eqn.params):
+            yield from barriers(inner)
+
+
+@pytest.mark.parametrize(
+    "name", ["kept", "recomputed", "products kept", "one loop of two periods", "products kept, a loop where kinds take turns"]
+)
+def test_no_barrier_of_a_loop_holds_back_a_layers_number_alone(name):
+    # XLA for GPUs tries to work out numbers in loops beforehand, and gives up on the program at such a barrier.
+    kinds = "abab"
+    x, shared = filled(90, 3, WIDTH), filled(91, 1, WIDTH)
+    grads = jax.make_jaxpr(lambda x: gradient(kinds, (x, shared), SCANS[name], wrt=(1,), collect=()))(x)
+    found = list(barriers(grads.jaxpr))
+    assert found and all(any(shapes) for shapes in found)
 
 
 @pytest.mark.parametrize("kinds", ["aaaa", "abab", "aabaab", "abba"])
