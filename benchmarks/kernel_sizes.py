@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Case, Packed
 from pallas_kernels.attention import Intervals, cover
+from pallas_kernels.lora_input import Function
 from pallas_kernels.packed import GROUP
 
 DTYPE = jnp.bfloat16
@@ -127,6 +128,46 @@ def _gated_gradients(rows: int, columns: int, rank: int) -> Size:
     return Size(case=case, flops=(flops, flops))
 
 
+def _plain_gradients(rows: int, columns: int, rank: int) -> Size:
+    def case(key: Any) -> Case:
+        keys = jax.random.split(key, 5)
+        arrays = {n: jax.random.normal(k, (rows, columns), DTYPE) for n, k in zip(("e", "dh"), keys[:2], strict=True)}
+        arrays |= {n: jax.random.normal(k, (rows, rank), DTYPE) for n, k in zip(("u", "du"), keys[2:4], strict=True)}
+        arrays["bias"] = jax.random.normal(keys[4], (1, columns), DTYPE)
+        return Case(arrays=arrays, static={"activation": "quick_gelu"}, wrt=())
+
+    flops = 4.0 * rows * columns * rank
+    return Size(case=case, flops=(flops, flops))
+
+
+def _inputs(key: Any, function: Function, rows: int, columns: int) -> tuple[Any, ...]:
+    """The inputs of a function of rows: those as wide as the result, then weights and biases."""
+    wide, narrow = {"rms_norm": (1, 1), "layer_norm": (1, 2), "plain": (1, 1), "gated": (2, 0)}[function.form]
+    shapes = [(rows, columns)] * wide + [(1, columns)] * narrow
+    return tuple(jax.random.normal(k, shape, DTYPE) for k, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True))
+
+
+def _lora_input(rows: int, columns: int, rank: int, function: Function) -> Size:
+    def case(key: Any) -> Case:
+        a = jax.random.normal(jax.random.fold_in(key, 1), (rank, columns), DTYPE)
+        return Case(arrays={"inputs": _inputs(key, function, rows, columns), "a": a}, static={"function": function}, wrt=())
+
+    flops = 2.0 * rows * columns * rank
+    return Size(case=case, flops=(flops, flops))
+
+
+def _norm_gradient(rows: int, columns: int, more: int, function: Function) -> Size:
+    def case(key: Any) -> Case:
+        dy, past = (jax.random.normal(k, (rows, n), DTYPE) for k, n in zip(jax.random.split(key), (columns + more, columns), strict=True))
+        arrays = {"inputs": _inputs(key, function, rows, columns), "dy": dy, "past": past}
+        return Case(arrays=arrays, static={"function": function}, wrt=())
+
+    flops = 10.0 * rows * columns
+    return Size(case=case, flops=(flops, flops))
+
+
+_RMS, _LAYER = Function("rms_norm", eps=1e-5), Function("layer_norm", eps=1e-6)
+
 SIZES: Mapping[str, Mapping[str, Size]] = {
     "attention": {
         "llama-3.1-8b, 4 x 2048": _attention(4, 2048, (32, 8), 128, causal=True),
@@ -149,6 +190,19 @@ SIZES: Mapping[str, Mapping[str, Size]] = {
     "gated_gradients": {
         "8192 x 14336, r 16": _gated_gradients(8192, 14336, 16),
         "8192 x 18944, r 16": _gated_gradients(8192, 18944, 16),
+    },
+    "plain_gradients": {
+        "16384 x 5120, r 16": _plain_gradients(16384, 5120, 16),
+    },
+    "lora_input": {
+        "rms_norm, 8192 x 4096, r 32": _lora_input(8192, 4096, 32, _RMS),
+        "layer_norm, 16384 x 1280, r 16": _lora_input(16384, 1280, 16, _LAYER),
+        "silu, 8192 x 14336, r 16": _lora_input(8192, 14336, 16, Function("gated", "silu")),
+        "quick_gelu, 16384 x 5120, r 16": _lora_input(16384, 5120, 16, Function("plain", "quick_gelu")),
+    },
+    "norm_gradient": {
+        "rms_norm, 8192 x 4096": _norm_gradient(8192, 4096, 32, _RMS),
+        "layer_norm, 16384 x 1280": _norm_gradient(16384, 1280, 16, _LAYER),
     },
     "linear_cross_entropy": {
         "llama-3.1-8b, 8192 tokens": _cross_entropy(8192, 4096, 128256, weight_grad=False),

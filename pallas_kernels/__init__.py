@@ -9,9 +9,15 @@ from pallas_kernels.int4_matmul import KERNEL as _INT4_MATMUL
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.linear_cross_entropy import KERNEL as _LINEAR_CROSS_ENTROPY
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.lora_input import KERNEL as _LORA_INPUT
+from pallas_kernels.lora_input import lora_input
 from pallas_kernels.lora_swiglu import KERNEL as _LORA_SWIGLU
 from pallas_kernels.lora_swiglu import lora_swiglu
+from pallas_kernels.norm_gradient import KERNEL as _NORM_GRADIENT
+from pallas_kernels.norm_gradient import norm_gradient
 from pallas_kernels.packed import Packed
+from pallas_kernels.plain_gradients import KERNEL as _PLAIN_GRADIENTS
+from pallas_kernels.plain_gradients import plain_gradients
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
@@ -20,7 +26,10 @@ KERNELS: dict[str, Kernel] = {
         _GATED_GRADIENTS,
         _INT4_MATMUL,
         _LINEAR_CROSS_ENTROPY,
+        _LORA_INPUT,
         _LORA_SWIGLU,
+        _NORM_GRADIENT,
+        _PLAIN_GRADIENTS,
     )
 }
 
@@ -35,5 +44,8 @@ __all__ = [
     "gated_gradients",
     "int4_matmul",
     "linear_cross_entropy",
+    "lora_input",
     "lora_swiglu",
+    "norm_gradient",
+    "plain_gradients",
 ]

@@ -100,9 +100,11 @@ def matmul_t(
 
 @triton.jit
 def activate(e, ACTIVATION: tl.constexpr):
-    """silu, or gelu by its exact form or tanh's approximation, of an fp32 tile."""
+    """silu, or gelu by its exact form, tanh's or the sigmoid's approximation, of an fp32 tile."""
     if ACTIVATION == "silu":
         h = e * tl.sigmoid(e)
+    elif ACTIVATION == "quick_gelu":
+        h = e * tl.sigmoid(1.702 * e)
     elif ACTIVATION == "gelu":
         h = 0.5 * e * (1.0 + tl.erf(e * 0.7071067811865476))
     else:
@@ -151,6 +153,9 @@ def activate_with_slope(e, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         s = tl.sigmoid(e)
         a, slope = e * s, s * (1.0 + e * (1.0 - s))
+    elif ACTIVATION == "quick_gelu":
+        s = tl.sigmoid(1.702 * e)
+        a, slope = e * s, s * (1.0 + 1.702 * e * (1.0 - s))
     elif ACTIVATION == "gelu":
         s = 0.5 * (1.0 + tl.erf(e * 0.7071067811865476))
         a, slope = e * s, s + e * 0.3989422804014327 * tl.exp(-0.5 * e * e)
@@ -209,3 +214,115 @@ def gated_gradients(
     store_sum(db_gate, gate, split, columns, column_kept, N, R_GATE, BLOCK_GATE, True)
     store_sum(db_up, up, split, columns, column_kept, N, R_UP, BLOCK_UP, True)
     store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN, False)
+
+
+@triton.jit
+def plain_gradients(
+    e, bias, dh, u, du, de, db, da,
+    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
+    BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """de [M, N] of h = act(e + bias), and for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_kept = columns < N
+    dtype: tl.constexpr = e.dtype.element_ty
+    shift = tl.load(bias + columns, mask=column_kept, other=0.0)
+    up, down = tl.zeros((BLOCK_UP, BLOCK_N), tl.float32), tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32)
+    for first in range(0, ROWS, BLOCK_M):
+        rows = split * ROWS + first + tl.arange(0, BLOCK_M)
+        row_kept = rows < M
+        place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
+        value = tl.load(e + place, mask=kept, other=0.0) + shift[None]
+        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
+        activated, slope = activate_with_slope(value.to(tl.float32), ACTIVATION)
+        de_tile = (dvalue * slope).to(dtype)
+        tl.store(de + place, de_tile, mask=kept)
+        up = tl.dot(transposed_columns(u, rows, row_kept, R_UP, BLOCK_UP), de_tile, up)
+        down = tl.dot(transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), activated.to(dtype), down)
+    store_sum(db, up, split, columns, column_kept, N, R_UP, BLOCK_UP, True)
+    store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN, False)
+
+
+@triton.jit
+def activated_input(
+    e, g, a, both, u,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The first N columns h of both [M, N + R], h = act(e) ∘ g, or act(e + g) of a row g [1, N] where not ``GATED``.
+
+    And u [p, M, R]: the part of h @ aᵀ, a [R, N], over the p-th ``COLUMNS`` columns.
+    """
+    tiles = tl.cdiv(M, BLOCK_M)
+    part, rows = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_kept, ranks = rows < M, tl.arange(0, BLOCK_R)
+    dtype: tl.constexpr = e.dtype.element_ty
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for first in range(0, COLUMNS, BLOCK_N):
+        columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
+        column_kept = columns < N
+        place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
+        value = tl.load(e + place, mask=kept, other=0.0)
+        if GATED:
+            h = activate(value.to(tl.float32), ACTIVATION).to(dtype) * tl.load(g + place, mask=kept, other=0.0)
+        else:
+            shifted = value + tl.load(g + columns, mask=column_kept, other=0.0)[None]
+            h = activate(shifted.to(tl.float32), ACTIVATION).to(dtype)
+        tl.store(both + rows[:, None].to(tl.int64) * (N + R) + columns[None], h, mask=kept)
+        inside = column_kept[:, None] & (ranks < R)[None]
+        acc = tl.dot(h, tl.load(a + ranks[None] * N + columns[:, None], mask=inside, other=0.0), acc)
+    place = (part * M + rows)[:, None].to(tl.int64) * R + ranks[None]
+    tl.store(u + place, acc, mask=row_kept[:, None] & (ranks < R)[None])
+
+
+@triton.jit
+def normed_input(
+    x, weight, bias, both,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """both [M, N + R] = [h, 0] of h = weight · x / rms(x), or weight · (x - mean) / std + bias where ``CENTRED``; a row is one block.
+
+    As XLA has it, the quotient is rounded to the weight's dtype before it is scaled, where it is not centred.
+    """
+    rows, columns, ranks = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    row_kept, column_kept = rows < M, columns < N
+    kept, at, to = row_kept[:, None] & column_kept[None], rows[:, None].to(tl.int64) * N, rows[:, None].to(tl.int64) * (N + R)
+    dtype: tl.constexpr = x.dtype.element_ty
+    value = tl.load(x + at + columns[None], mask=kept, other=0.0).to(tl.float32)
+    scale = tl.load(weight + columns, mask=column_kept, other=0.0)
+    if CENTRED:
+        value = tl.where(kept, value - (tl.sum(value, axis=1) / N)[:, None], 0.0)
+    normed = value * tl.rsqrt(tl.sum(value * value, axis=1) / N + EPS)[:, None]
+    if CENTRED:
+        h = (normed * scale.to(tl.float32)[None] + tl.load(bias + columns, mask=column_kept, other=0.0).to(tl.float32)[None]).to(dtype)
+    else:
+        h = (normed.to(scale.dtype) * scale[None]).to(dtype)
+    tl.store(both + to + columns[None], h, mask=kept)
+    tl.store(both + to + N + ranks[None], tl.zeros((BLOCK_M, BLOCK_R), dtype), mask=row_kept[:, None] & (ranks < R)[None])
+
+
+@triton.jit
+def norm_gradient(
+    x, weight, dy, past, dx,
+    M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx [M, N] = past + (g - n · mean(g · n)) / rms(x), n = x / rms(x), g = weight · dy; ``CENTRED``: n = (x - mean) / std, less mean(g).
+
+    dy [M, C] has N columns that count; a row is one block.
+    """
+    rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    kept, at = (rows < M)[:, None] & (columns < N)[None], rows[:, None].to(tl.int64) * N + columns[None]
+    value = tl.load(x + at, mask=kept, other=0.0).to(tl.float32)
+    g = tl.load(dy + rows[:, None].to(tl.int64) * C + columns[None], mask=kept, other=0.0).to(tl.float32)
+    g *= tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)[None]
+    if CENTRED:
+        value = tl.where(kept, value - (tl.sum(value, axis=1) / N)[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=1) / N + EPS)
+    along = inverse * inverse * (tl.sum(g * value, axis=1) / N)
+    if CENTRED:
+        g -= (tl.sum(g, axis=1) / N)[:, None]
+    total = tl.load(past + at, mask=kept, other=0.0).to(tl.float32) + inverse[:, None] * (g - value * along[:, None])
+    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=kept)

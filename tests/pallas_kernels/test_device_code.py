@@ -12,12 +12,23 @@ from pallas_kernels import KERNELS, _triton
 from pallas_kernels.gated_gradients import triton as gradients_backend
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul import triton as product_backend
+from pallas_kernels.lora_input import triton as input_backend
 from pallas_kernels.lora_swiglu import triton as gated_backend
+from pallas_kernels.norm_gradient import triton as norm_backend
+from pallas_kernels.plain_gradients import triton as plain_backend
 from tests.jaxlora.reference import run_oracle
 from tests.pallas_kernels import h200
 
 BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "BAND": 2}
 PACKED = ("int4_matmul", "lora_swiglu")
+TRITON = {
+    "int4_matmul": product_backend,
+    "lora_swiglu": gated_backend,
+    "gated_gradients": gradients_backend,
+    "lora_input": input_backend,
+    "plain_gradients": plain_backend,
+    "norm_gradient": norm_backend,
+}
 
 
 def mosaic_cases():
@@ -87,10 +98,10 @@ def recorded(name, case, calls):
     return {name: json.dumps({**call, "arrays": len(arrays)}), **{f"{name}/{i}": a for i, a in enumerate(arrays)}}
 
 
-@pytest.mark.oracle
-def test_triton_kernels_compute_what_the_references_do(monkeypatch, tmp_path):
+def interpreted(names, monkeypatch, tmp_path):
+    """(name, kernel, case, outputs of the launch) of all cases of some kernels, run by Triton's interpreter."""
     files, cases = {}, {}
-    for kernel in (KERNELS[name] for name in (*PACKED, "gated_gradients")):
+    for kernel in (KERNELS[name] for name in names):
         for name, make in kernel.cases.items():
             case = make(jnp.float32)
             cases[f"{kernel.name}.{name}"] = kernel, case
@@ -99,17 +110,39 @@ def test_triton_kernels_compute_what_the_references_do(monkeypatch, tmp_path):
     run_oracle("run_triton.py", tmp_path / "calls.npz", tmp_path / "results.npz")
     with np.load(tmp_path / "results.npz") as found:
         for name, (kernel, case) in cases.items():
-            expected = kernel.reference(**case.arrays, **case.static)
-            for i, value in enumerate(jax.tree.leaves(expected)):
-                ours = found[f"{name}/{i}"]
-                # Sums over the rows come in parts, and rank by column.
-                ours = ours if ours.ndim == 2 else ours.sum(0).reshape(value.shape) if ours.shape[1:] == value.shape else ours.sum(0).T
-                assert np.linalg.norm(ours - value) <= kernel.tolerance["float32"] * np.linalg.norm(value), (name, i)
+            yield name, kernel, case, [found[f"{name}/{i}"] for i in range(sum(key.startswith(f"{name}/") for key in found.files))]
+
+
+def assert_near(kernel, ours, value, name):
+    assert np.linalg.norm(ours - value) <= kernel.tolerance["float32"] * np.linalg.norm(value), name
+
+
+@pytest.mark.oracle
+def test_triton_kernels_compute_what_the_references_do(monkeypatch, tmp_path):
+    for name, kernel, case, outputs in interpreted([n for n in TRITON if n != "lora_input"], monkeypatch, tmp_path):
+        expected = jax.tree.leaves(kernel.reference(**case.arrays, **case.static))
+        # A kernel may have more outputs, for calls that ask for them.
+        for i, (ours, value) in enumerate(zip(outputs, expected, strict=False)):
+            # Sums over the rows come in parts, and rank by column.
+            ours = ours if ours.ndim == 2 else ours.sum(0).reshape(value.shape) if ours.shape[1:] == value.shape else ours.sum(0).T
+            assert_near(kernel, ours, value, (name, i))
+
+
+@pytest.mark.oracle
+def test_triton_leaves_room_for_the_columns_of_what_it_makes(monkeypatch, tmp_path):
+    for name, kernel, case, outputs in interpreted(["lora_input"], monkeypatch, tmp_path):
+        both, u = kernel.reference(**case.arrays, **case.static)
+        width = both.shape[1] - u.shape[1]
+        assert_near(kernel, outputs[0][:, :width], both[:, :width], name)
+        if case.static["function"].activation:
+            assert_near(kernel, outputs[1].sum(0), u, name)
+        else:
+            assert not outputs[0][:, width:].any(), "a product takes them for zeros"
 
 
 def launch(kernel, case, monkeypatch, record):
     """Has the Triton backend of a kernel launch into ``record``, with small blocks."""
-    module = {"int4_matmul": product_backend, "lora_swiglu": gated_backend, "gated_gradients": gradients_backend}[kernel.name]
+    module = TRITON[kernel.name]
     monkeypatch.setattr(_triton, "call", record)
     monkeypatch.setattr(_triton, "device_code", lambda: NAMES)
     monkeypatch.setattr(module, "refuses", lambda *_: None)
@@ -122,3 +155,5 @@ class NAMES:
     """Stands for the device code where Triton is not installed: kernels are their names."""
 
     matmul, matmul_t, gated, gated_gradients = "matmul", "matmul_t", "gated", "gated_gradients"
+    plain_gradients, norm_gradient = "plain_gradients", "norm_gradient"
+    activated_input, normed_input = "activated_input", "normed_input"

@@ -1,0 +1,84 @@
+"""Two Triton kernels, sm80 and up; the device code is `pallas_kernels.triton_code`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import _triton, _tuned
+from pallas_kernels.int4_matmul.triton import block_r
+from pallas_kernels.lora_input.functions import Function
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A program takes ``BLOCK_M`` rows and walks one of ``SPLITS`` parts of their columns, ``BLOCK_N`` at a time.
+
+    Of a norm it takes ``NORM_ROWS`` rows with all their columns.
+    """
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 128
+    SPLITS: int = 4
+    NORM_ROWS: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainConfig(Config):
+    """Without a gate there is less to read: narrower blocks, and more of them under way."""
+
+    BLOCK_N: int = 64
+    num_stages: int = 3
+
+
+def refuses(function: Function, x: Array, rank: int) -> str | None:
+    """Why Triton cannot run this call here, or None."""
+    if rank == 0 and function.form in ("plain", "gated"):
+        return "makes activations for adapters alone"
+    if x.dtype != jnp.bfloat16:
+        return f"needs bfloat16, got {x.dtype}"
+    if rank > 128:
+        return f"holds sums of up to 128 columns, got {rank}"
+    return _triton.refuses()
+
+
+def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"]) -> tuple[Float[Array, "N C"], Float[Array, "N R"]]:
+    """As `lora_input` returns them."""
+    (rows, width), rank = inputs[0].shape, a.shape[0]
+    kind = PlainConfig if function.form == "plain" else Config
+    config = dataclasses.asdict(_tuned.config("lora_input", "triton", kind, (rows, width, rank)))
+    splits, norm_rows = config.pop("SPLITS"), config.pop("NORM_ROWS")
+    both = jax.ShapeDtypeStruct((rows, width + rank), a.dtype)
+    sizes = {"M": rows, "N": width, "R": rank, "BLOCK_R": block_r(rank)}
+    if function.form in ("plain", "gated"):
+        both, parts = _triton.call(
+            _triton.device_code().activated_input,
+            *(*inputs, a),
+            out=(both, jax.ShapeDtypeStruct((splits, rows, rank), jnp.float32)),
+            grid=(-(-rows // config["BLOCK_M"]) * splits,),
+            config=config,
+            **sizes,
+            **{"COLUMNS": -(-width // (splits * config["BLOCK_N"])) * config["BLOCK_N"]},
+            **{"GATED": function.form == "gated", "ACTIVATION": function.activation},
+        )
+        u = parts.sum(0).astype(a.dtype)
+    else:
+        both = _triton.call(
+            _triton.device_code().normed_input,
+            # rms_norm reads no bias.
+            *(*inputs, inputs[1])[:3],
+            out=both,
+            grid=(-(-rows // norm_rows),),
+            config={**config, "BLOCK_M": norm_rows, "BLOCK_N": 1 << (width - 1).bit_length()},
+            **sizes,
+            **{"CENTRED": function.form == "layer_norm", "EPS": function.eps},
+        )
+        if rank == 0:
+            return both, jnp.zeros((rows, 0), a.dtype)
+        # With zeros below a: a slice of `both` would be copied.
+        u = jax.lax.dot_general(both, jnp.pad(a, ((0, 0), (0, rank))), (((1,), (1,)), ((), ())))
+    return jax.lax.dynamic_update_slice(both, u, (0, width)), u

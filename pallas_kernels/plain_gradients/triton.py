@@ -1,0 +1,47 @@
+"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_code`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import _triton, _tuned
+from pallas_kernels.gated_gradients.triton import refuses
+from pallas_kernels.int4_matmul.triton import block_r
+
+__all__ = ["Config", "gradients", "refuses"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A program takes ``BLOCK_N`` columns and walks the rows of one of ``SPLITS`` parts, ``BLOCK_M`` at a time."""
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 64
+    SPLITS: int = 16
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def gradients(e: Float[Array, "N F"], bias: Float[Array, "1 F"], dh: Float[Array, "N F"], u: Array, du: Array, activation: str) -> Any:
+    """As `plain_gradients` returns them."""
+    rows, columns = e.shape
+    config = dataclasses.asdict(_tuned.config("plain_gradients", "triton", Config, (rows, columns, du.shape[1])))
+    splits = config.pop("SPLITS")
+    ranks = {"UP": u.shape[1], "DOWN": du.shape[1]}
+    sums = [jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in ((columns, ranks["UP"]), (ranks["DOWN"], columns))]
+    de, *parts = _triton.call(
+        _triton.device_code().plain_gradients,
+        *(e, bias, dh, u, du),
+        out=(jax.ShapeDtypeStruct(e.shape, e.dtype), *sums),
+        grid=(-(-columns // config["BLOCK_N"]) * splits,),
+        config=config,
+        # Where dh is not needed any more; each element is read by the program that overwrites it.
+        in_place={2: 0},
+        **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
+        **{f"R_{name}": rank for name, rank in ranks.items()},
+        **{f"BLOCK_{name}": block_r(rank) for name, rank in ranks.items()},
+    )
+    return de, *(part.sum(0) for part in parts)
