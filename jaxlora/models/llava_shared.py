@@ -16,8 +16,8 @@ from jaxlora.models import llama, mistral
 from jaxlora.models.image_text import SPELLINGS, TIES, ImageTextLM
 from jaxlora.nn.clip import ClipTower
 from jaxlora.nn.decoder import Decoder, DecoderConfig, Execution
-from jaxlora.nn.linear import Linear, project_activated
-from jaxlora.nn.mlp import gelu
+from jaxlora.nn.linear import Linear
+from jaxlora.nn.mlp import two_linears
 from jaxlora.nn.pixtral import PixtralConfig, PixtralTower
 from jaxlora.nn.siglip import SiglipConfig, SiglipTower
 from jaxlora.nn.stack import fold_path
@@ -59,7 +59,7 @@ def two_layers(config: LlavaConfig, dtype: Any) -> tuple[Linear, Linear]:
 def run_two_layers(layers: tuple[Linear, Linear], x: Float[Array, "P F D"], path: str, key: PRNGKeyArray | None) -> Float[Array, "P F O"]:
     """linear_2(gelu(linear_1 x)) of the projector at ``path``; ``key`` is the forward pass's, before a path is folded in."""
     keys = [None if key is None else fold_path(key, f"{path}.{name}") for name in ("linear_1", "linear_2")]
-    return project_activated(layers[1], gelu, (layers[0](x, keys[0]),), keys[1])
+    return two_linears(*layers, x, "gelu", keys)
 
 
 class Projector(nnx.Module):

@@ -7,7 +7,7 @@ from typing import Any
 from conversion.hf_config import take
 from jaxlora.models import image_text, qwen_vl
 from jaxlora.models.spec import ModelSpec
-from jaxlora.nn.mlp import PlainMLP, quick_gelu
+from jaxlora.nn.mlp import PlainMLP
 from jaxlora.nn.norm import LayerNorm
 from jaxlora.nn.vision import VisionConfig, VisionTower
 
@@ -24,7 +24,7 @@ def _read_vision(config: Mapping[str, Any]) -> VisionConfig:
     return qwen_vl.vision_config(used, embed_dim=width, out_features=used["hidden_size"], mlp_dim=int(width * used["mlp_ratio"]))
 
 
-tower = functools.partial(VisionTower, norm=LayerNorm, mlp=functools.partial(PlainMLP, activation=quick_gelu))
+tower = functools.partial(VisionTower, norm=LayerNorm, mlp=functools.partial(PlainMLP, activation="quick_gelu"))
 
 TINY = {
     "model_type": "qwen2_vl",

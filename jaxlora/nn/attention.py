@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.norm import CentredRMSNorm, RMSNorm
+from jaxlora.nn.pending import Pending
 from jaxlora.nn.rope import Table, rotate
 from jaxlora.typing import Array, Float, Int
 from pallas_kernels.attention import attention
@@ -68,7 +69,12 @@ class Attention(nnx.Module):
         self.q_norm = nnx.data(norm(c.head_dim, eps=c.qk_norm_eps, dtype=dtype) if c.qk_norm_eps else None)
         self.k_norm = nnx.data(norm(c.head_dim, eps=c.qk_norm_eps, dtype=dtype) if c.qk_norm_eps else None)
 
-    def __call__(self, x: Float[Array, "B S D"], shared: Shared, layer: "LayerInputs") -> tuple[Float[Array, "B S D"], Any]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The Linears that take its input."""
+        return (self.q_proj, self.k_proj, self.v_proj)
+
+    def __call__(self, x: Float[Array, "B S D"] | Pending, shared: Shared, layer: "LayerInputs") -> tuple[Float[Array, "B S D"], Any]:
         """Returns the output and, in generation, the updated (k, v) cache."""
         B, S, _ = x.shape
         keys = layer.keys

@@ -15,7 +15,7 @@ from jaxlora.nn.attention import Attention, AttentionConfig, LayerInputs, Segmen
 from jaxlora.nn.embed import Embed, features_at
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.mlp import GeGLU, SwiGLU, by_tiles
-from jaxlora.nn.norm import CentredRMSNorm, RMSNorm, residual
+from jaxlora.nn.norm import CentredRMSNorm, RMSNorm, branch, residual
 from jaxlora.nn.scan import Scan
 from jaxlora.nn.stack import Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
@@ -112,9 +112,14 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], shared: Shared, layer: LayerInputs) -> tuple[Float[Array, "B S D"], Any]:
         """Returns the state and, in generation, the layer's cache."""
-        attended, cache = self.self_attn(self.input_layernorm(x), shared, layer)
-        x = residual(x, attended)
-        return x + by_tiles(lambda h: self.mlp(self.post_attention_layernorm(h), layer.keys), x, _tile(shared, layer)), cache
+        x, normed = branch(self.input_layernorm, x, self.self_attn.inputs, layer.keys)
+        attended, cache = self.self_attn(normed, shared, layer)
+
+        def mlp(h: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+            h, normed = branch(self.post_attention_layernorm, h, self.mlp.inputs, layer.keys)
+            return h + self.mlp(normed, layer.keys)
+
+        return by_tiles(mlp, residual(x, attended), _tile(shared, layer)), cache
 
 
 class DeepstackLayer(DecoderLayer):
@@ -143,13 +148,14 @@ class SandwichLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], shared: Shared, layer: LayerInputs) -> tuple[Float[Array, "B S D"], Any]:
         """Returns the state and, in generation, the layer's cache."""
-        attended, cache = self.self_attn(self.input_layernorm(x), shared, layer)
-        x = residual(x, self.post_attention_layernorm(attended))
+        x, normed = branch(self.input_layernorm, x, self.self_attn.inputs, layer.keys)
+        attended, cache = self.self_attn(normed, shared, layer)
 
         def mlp(h: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-            return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h), layer.keys))
+            h, normed = branch(self.pre_feedforward_layernorm, h, self.mlp.inputs, layer.keys)
+            return h + self.post_feedforward_layernorm(self.mlp(normed, layer.keys))
 
-        return x + by_tiles(mlp, x, _tile(shared, layer)), cache
+        return by_tiles(mlp, residual(x, self.post_attention_layernorm(attended)), _tile(shared, layer)), cache
 
 
 class Extra(TypedDict, total=False):

@@ -1,6 +1,6 @@
 """Qwen3-VL's vision tower: learned positions, and features that leave it after several blocks for several layers of the text model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ from flax import nnx
 from jaxlora.data.batches import Batch
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import Embed
-from jaxlora.nn.linear import Linear, project_activated
-from jaxlora.nn.mlp import gelu, gelu_tanh
+from jaxlora.nn.linear import Linear
+from jaxlora.nn.mlp import two_linears
 from jaxlora.nn.norm import LayerNorm
+from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack, fold_path
 from jaxlora.nn.vision import PatchEmbed, VisionConfig, blocks, run_blocks
 from jaxlora.typing import Array, Float, PRNGKeyArray
@@ -24,9 +25,14 @@ class VisionMLP(nnx.Module):
         self.linear_fc1 = Linear(features, hidden, bias=True, dtype=dtype)
         self.linear_fc2 = Linear(hidden, features, bias=True, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "*N D"], keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "*N D"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The Linears that take its input."""
+        return (self.linear_fc1,)
+
+    def __call__(self, x: Float[Array, "*N D"] | Pending, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "*N D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
-        return _two_linears(self.linear_fc1, self.linear_fc2, x, gelu_tanh, keys)
+        return two_linears(self.linear_fc1, self.linear_fc2, x, "gelu_tanh", [keys.get(name) for name in ("linear_fc1", "linear_fc2")])
 
 
 class FeatureMerger(nnx.Module):
@@ -45,8 +51,8 @@ class FeatureMerger(nnx.Module):
         x = x if self.norm_together else self.norm(x)
         x = x.reshape(P, W // self.merged, -1)
         x = self.norm(x) if self.norm_together else x
-        keys = {} if key is None else {name: fold_path(key, f"{self.path}.{name}") for name in ("linear_fc1", "linear_fc2")}
-        return _two_linears(self.linear_fc1, self.linear_fc2, x, gelu, keys)
+        keys = [None if key is None else fold_path(key, f"{self.path}.{name}") for name in ("linear_fc1", "linear_fc2")]
+        return two_linears(self.linear_fc1, self.linear_fc2, x, "gelu", keys)
 
 
 class DeepstackTower(nnx.Module):
@@ -82,10 +88,3 @@ class DeepstackTower(nnx.Module):
         rows = self.pos_embed(batch.patch_taps).astype(jnp.float32)
         positions = jnp.sum(rows * batch.patch_tap_weights[..., None], axis=2)
         return self.patch_embed(batch.patches.astype(dtype)) + positions.astype(dtype)
-
-
-def _two_linears(
-    first: Linear, last: Linear, x: Float[Array, "*N D"], activation: Callable[[Array], Array], keys: Mapping[str, PRNGKeyArray]
-) -> Float[Array, "*N O"]:
-    """last(activation(first x))."""
-    return project_activated(last, activation, (first(x, keys.get("linear_fc1")),), keys.get("linear_fc2"))

@@ -10,25 +10,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlora.nn.pending import Pending
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from jaxlora.weights.base import (
     AbstractWeight,
     abstract,
+    beside,
     contract_last,
     goes_beside,
     gradients_beside,
     input_gradient,
     join,
-    joined_product,
+    one_product,
     outer,
+    product_beside,
 )
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.gated_gradients import KERNEL as GRADIENTS
 from pallas_kernels.gated_gradients import gated_gradients
+from pallas_kernels.lora_input import KERNEL as INPUT
+from pallas_kernels.lora_input import Function, lora_input
 from pallas_kernels.lora_swiglu import KERNEL as GATED
 from pallas_kernels.lora_swiglu import gated
-from pallas_kernels.lora_swiglu.activations import PRODUCTS
+from pallas_kernels.plain_gradients import KERNEL as PLAIN_GRADIENTS
+from pallas_kernels.plain_gradients import plain_gradients
 
 type Activation = Callable[..., Array]
 type Rates = tuple[float, ...]
@@ -36,6 +42,9 @@ type How = tuple[Activation, Rates]
 type Inputs = tuple[Array, ...]
 type Weights = tuple[AbstractWeight, ...]
 type Loras = tuple[LoRA | None, ...]
+
+# Rows that keep a GPU busy at 16 a program: below, as in generation, products apart are faster.
+_MANY_ROWS = 2048
 
 
 class Linear(nnx.Module):
@@ -66,20 +75,22 @@ class Linear(nnx.Module):
         self.lora_A, self.lora_B, self.lora_scale = (nnx.data(nnx.Param(v)) for v in (lora.a, lora.b, lora.scale))
         self.lora_dropout = dropout
 
-    def __call__(self, x: Float[Array, "*N I"], key: PRNGKeyArray | None = None) -> Float[Array, "*N O"]:
+    def __call__(self, x: Float[Array, "*N I"] | Pending, key: PRNGKeyArray | None = None) -> Float[Array, "*N O"]:
         """A group of one."""
         return project((self,), x, None if key is None else (key,))[0]
 
 
 def project(
-    linears: Sequence[Linear], x: Float[Array, "*N I"], keys: Sequence[PRNGKeyArray | None] | None = None
+    linears: Sequence[Linear], x: Float[Array, "*N I"] | Pending, keys: Sequence[PRNGKeyArray | None] | None = None
 ) -> tuple[Float[Array, "*N O"], ...]:
     """y_i = W_i x + s_i·B_i·A_i·drop_i(x) + bias_i for Linears that share their input.
 
-    The products run in x's dtype with fp32 accumulation; the A of the group are one product. Saved for the backward: x and the
-    stored (packed) weights. dA and dB are returned in fp32. Dropout is applied where a Linear has a rate and ``keys`` are given (one
-    a Linear; None where it has no rate); its mask is drawn again in the backward.
+    The products run in x's dtype with fp32 accumulation; the A of the group are one product. Saved for the backward: x, or what it is
+    made of where it is pending and a kernel makes it, and the stored (packed) weights. dA and dB are returned in fp32. Dropout is applied
+    where a Linear has a rate and ``keys`` are given (one a Linear; None where it has no rate); its mask is drawn again in the backward.
     """
+    if isinstance(x, Pending):
+        return _project_from(x.function, linears, x.inputs, keys, hollow=x.hollow)
     return _project_from(_identity, linears, (x,), keys)
 
 
@@ -100,40 +111,52 @@ def project_activated(
 
 
 def project_gated(
-    linears: tuple[Linear, Linear], x: Float[Array, "*N I"], activation: str, keys: Sequence[PRNGKeyArray | None]
+    linears: tuple[Linear, Linear], x: Float[Array, "*N I"] | Pending, activation: str, keys: Sequence[PRNGKeyArray | None]
 ) -> tuple[tuple[Float[Array, "*N F"], Float[Array, "*N F"]], Float[Array, "*N F"] | None]:
     """((e, g), h): the two projections of x and, where a kernel makes all three in one pass, h = act(e) ∘ g; else None.
 
     The kernel is `pallas_kernels.lora_swiglu`'s backend that was measured to be fastest here. h has no gradient: whoever uses it takes it
     for the value of act(e) ∘ g, and differentiates that.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    backend = _gated_backend(linears, rows, activation, keys)
+    first = x.inputs[0] if isinstance(x, Pending) else x
+    backend = _gated_backend(linears, first.reshape(-1, first.shape[-1]), activation, keys)
     if backend is None:
         e, g = project(linears, x, keys)
         return (e, g), None
+    x = x.value() if isinstance(x, Pending) else x
+    rows = x.reshape(-1, x.shape[-1])
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
     e, g, h = (y.reshape(*x.shape[:-1], -1) for y in _gated((activation, backend), rows, weights, loras))
     return (_named(e), _named(g)), jax.lax.stop_gradient(h)
 
 
 def project_mlp(
-    linears: tuple[Linear, Linear, Linear], x: Float[Array, "*N I"], activation: str, keys: Sequence[PRNGKeyArray | None]
+    linears: Sequence[Linear], x: Float[Array, "*N I"] | Pending, activation: str, keys: Sequence[PRNGKeyArray | None]
 ) -> Float[Array, "*N O"] | None:
-    """down(act(gate x) ∘ up x) of gate, up and down, where a kernel makes the wide gradients and the adapters' sums over them in one pass.
+    """down(act(gate x) ∘ up x) of (gate, up, down), or down(act(up x)) of (up, down), where a kernel makes the wide gradients.
 
-    The kernel is `pallas_kernels.gated_gradients`. None where it cannot run, and where its pass would not be all: with dropout, with
-    biases, or where one of the three has no adapter.
+    The kernels are `pallas_kernels.gated_gradients` and `pallas_kernels.plain_gradients`, which make the adapters' sums in the same pass.
+    None where they cannot run, and where their pass would not be all: with dropout, where a Linear has no adapter, with biases of the
+    projections before a gate, or without one where there is no gate.
     """
-    weights, loras = tuple(_weight(linear) for linear in linears), tuple(lora for linear in linears if (lora := linear.lora) is not None)
+    *first, last = linears
+    gated, loras = len(first) == 2, tuple(lora for linear in linears if (lora := linear.lora) is not None)
     drops = any(linear.lora_dropout and key is not None for linear, key in zip(linears, keys, strict=True))
-    if drops or len(loras) < len(linears) or any(linear.bias is not None for linear in linears):
+    if drops or len(loras) < len(linears) or any((linear.bias is None) != gated for linear in first):
         return None
-    rows = x.reshape(-1, x.shape[-1])
-    wide, *columns = (jax.ShapeDtypeStruct((rows.shape[0], n), x.dtype) for n in (weights[0].shape[0], *(lora.rank for lora in loras)))
-    if GRADIENTS.choose("auto", wide, wide, wide, *columns, activation=activation) == "xla":
+    act, inputs, hollow = (x.function, x.inputs, x.hollow) if isinstance(x, Pending) else (_identity, (x,), None)
+    rows, weights = tuple(v.reshape(-1, v.shape[-1]) for v in inputs), tuple(_weight(linear) for linear in linears)
+    dtype = rows[0].dtype
+    bias = None if gated else _bias(first[0], dtype)
+    wide, row, *columns = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape in ((len(rows[0]), weights[0].shape[0]), (1, weights[0].shape[0]), *((len(rows[0]), lora.rank) for lora in loras))
+    )
+    kernel, second = (GRADIENTS, wide) if gated else (PLAIN_GRADIENTS, row)
+    if kernel.choose("auto", wide, second, wide, *columns, activation=activation) == "xla":
         return None
-    return _mlp(activation, rows, weights, loras).reshape(*x.shape[:-1], -1)
+    y = _mlp((act, activation), rows, hollow, bias, weights, loras)
+    return (y if last.bias is None else y + _bias(last, y.dtype)).reshape(*inputs[0].shape[:-1], -1)
 
 
 def _gated_backend(linears: Sequence[Linear], x: Array, activation: str, keys: Sequence[Any]) -> str | None:
@@ -149,7 +172,12 @@ def _gated_backend(linears: Sequence[Linear], x: Array, activation: str, keys: S
 
 
 def _project_from(
-    act: Activation, linears: Sequence[Linear], inputs: Sequence[Array], keys: Any, value: Array | None = None
+    act: Activation,
+    linears: Sequence[Linear],
+    inputs: Sequence[Array],
+    keys: Any,
+    value: Array | None = None,
+    hollow: Array | None = None,
 ) -> tuple[Array, ...]:
     leading = inputs[0].shape[:-1]
     rows = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
@@ -161,15 +189,45 @@ def _project_from(
         0.0 if key is None or lora is None else linear.lora_dropout for linear, lora, key in zip(linears, loras, keys, strict=True)
     )
     used = tuple(key if rate else None for rate, key in zip(rates, keys, strict=True))
-    ys = _project((act, rates), rows, weights, loras, used, value)
-    biased = (
-        y if linear.bias is None else y + linear.bias.get_value().astype(y.dtype)[None] for y, linear in zip(ys, linears, strict=True)
-    )
+    ys = _project((act, rates), rows, hollow, weights, loras, used, value)
+    biased = (y if linear.bias is None else y + _bias(linear, y.dtype) for y, linear in zip(ys, linears, strict=True))
     return tuple(y.reshape(*leading, y.shape[-1]) for y in biased)
+
+
+def widens(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
+    """Whether these Linears make function(*inputs) themselves: a kernel makes it, and their adapters' columns are to be beside it."""
+    if keys and any(linear.lora_dropout for linear in linears):
+        return False
+    rows = tuple(v.reshape(-1, v.shape[-1]) for v in inputs)
+    weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
+    return _widens((function, (0.0,)), rows, weights, loras)
+
+
+def spare_columns(linears: Sequence[Linear]) -> int:
+    """The columns that the gradient of these Linears' input has beyond the input's."""
+    columns = sum(linear.lora.rank for linear in linears if linear.lora is not None)
+    return columns if goes_beside([_weight(linear) for linear in linears], columns) else 0
+
+
+def _widens(how: How, inputs: Inputs, weights: Weights, loras: Loras) -> bool:
+    """Whether a kernel makes act(*inputs) with the adapters' columns beside it, and the products want it so."""
+    act, rates = how
+    (rows, width), ranks = inputs[0].shape, [lora.rank for lora in loras if lora is not None]
+    if not isinstance(act, Function) or any(rates) or len(ranks) < len(weights) or rows < _MANY_ROWS:
+        return False
+    if not (one_product(width, sum(ranks)) and all(w.decoded for w in weights)):
+        return False
+    a = jax.ShapeDtypeStruct((sum(ranks), width), inputs[0].dtype)
+    return INPUT.choose("auto", inputs, a, function=act) != "xla"
 
 
 def _identity(x: Array) -> Array:
     return x
+
+
+def _bias(linear: Linear, dtype: Any) -> Float[Array, "1 O"]:
+    assert linear.bias is not None
+    return linear.bias.get_value().astype(dtype)[None]
 
 
 def _weight(linear: Linear) -> AbstractWeight:
@@ -185,22 +243,46 @@ def _products(
 ) -> tuple[tuple[Array, ...], dict[int, Array]]:
     """The y_i, and the columns u_i = A_i drop_i(x) of those with an adapter."""
     act, rates = how
-    x = act(*inputs) if value is None else value
+    if value is None and isinstance(act, Function) and _widens(how, inputs, weights, loras):
+        pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
+        both, columns = lora_input(inputs, _stacked_a(pairs, inputs[0].dtype), function=act)
+        us = dict(enumerate(_split(columns, pairs, axis=1)))
+        ys = _wide_ys(both, weights, loras, columns)
+    else:
+        x = act(*inputs) if value is None else value
+        us = _down(rates, x, loras, keys)
+        ys = _ys(x, weights, loras, us)
     # A few columns a Linear, for which the backward would read x once more.
-    us = {i: checkpoint_name(u, "lora_u") for i, u in _down(rates, x, loras, keys).items()}
-    return _ys(x, weights, loras, us), us
+    return ys, {i: checkpoint_name(u, "lora_u") for i, u in us.items()}
 
 
-def _forward(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None) -> tuple[Array, ...]:
+def _forward(
+    how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
+) -> tuple[Array, ...]:
     return _products(how, inputs, weights, loras, keys, value)[0]
 
 
 _project = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
-def _project_fwd(how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None) -> tuple[tuple[Array, ...], Any]:
+def _project_fwd(
+    how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
+) -> tuple[tuple[Array, ...], Any]:
     ys, us = _products(how, inputs, weights, loras, keys, value)
-    return ys, (inputs, weights, loras, keys, us)
+    return ys, (inputs, _marked(hollow), weights, loras, keys, us)
+
+
+def _pulled(act: Activation, inputs: Inputs, hollow: tuple[()] | None) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    """act(*inputs) for the backward, and its vector-Jacobian product, for which nobody asks where the gradient goes to a hollow array."""
+    x, pull = jax.vjp(act, *inputs)
+    if hollow is None or not isinstance(act, Function):
+        return x, pull
+    return lora_input(inputs, jnp.zeros((0, x.shape[1]), x.dtype), function=act)[0], pull
+
+
+def _marked(hollow: Array | None) -> tuple[()] | None:
+    """Whether there is one, in the structure of what is saved: the zeros themselves are not to be kept."""
+    return None if hollow is None else ()
 
 
 def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
@@ -208,10 +290,18 @@ def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple
     if not us:
         return tuple(_named(w.matmul(x)) for w in weights)
     columns, bs = _columns(loras, us, x.dtype)
-    if len(us) == len(weights) > 1 and join(weights, x, columns):
-        joined = _named(joined_product(weights, x, (columns, jnp.concatenate([b for b in bs if b is not None]))))
-        return tuple(jnp.split(joined, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1))
+    if len(us) == len(weights) > 1 and join(weights, x.shape[1], columns.shape[1]):
+        return _wide_ys(beside(x, columns), weights, loras, columns)
     return tuple(_named(w.matmul(x) if b is None else w.matmul(x, (columns, b))) for w, b in zip(weights, bs, strict=True))
+
+
+def _wide_ys(both: Array, weights: Weights, loras: Loras, columns: Array) -> tuple[Array, ...]:
+    """`_ys` of [x, u], where all Linears have adapters."""
+    bs = [b for b in _padded_b(loras, both.dtype) if b is not None]
+    if len(weights) > 1 and join(weights, both.shape[1] - columns.shape[1], columns.shape[1]):
+        joined = _named(product_beside(weights, both, jnp.concatenate(bs)))
+        return tuple(jnp.split(joined, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1))
+    return tuple(_named(product_beside((w,), both, b)) for w, b in zip(weights, bs, strict=True))
 
 
 def _named(y: Array) -> Array:
@@ -239,18 +329,20 @@ def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
 @functools.partial(jax.jit, static_argnums=0)
 def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
     act, rates = how
-    inputs, weights, loras, keys, us = residuals
-    x, pull = jax.vjp(act, *inputs)
+    inputs, hollow, weights, loras, keys, us = residuals
+    x, pull = _pulled(act, inputs, hollow)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    dx, du, dus = _plain_gradients(weights, loras, plain, dys)
+    wide, du, dus = _plain_gradients(weights, loras, plain, dys)
+    dx = wide[:, : x.shape[1]]
     das = {} if du is None else dict(zip(plain, _split(outer(du, x), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
     dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], outer(dys[i], us[i])) for i, lora in enumerate(loras))
-    return pull(dx), tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
+    dinputs, dhollow = (pull(dx), None) if hollow is None else (None, wide)
+    return dinputs, dhollow, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
 
 _project.defvjp(_project_fwd, _project_bwd)
@@ -259,10 +351,13 @@ _project.defvjp(_project_fwd, _project_bwd)
 def _plain_gradients(
     weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs
 ) -> tuple[Array, Array | None, dict[int, Array]]:
-    """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone)."""
+    """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone).
+
+    dx has `spare_columns` behind its own.
+    """
     dtype = dys[0].dtype
     bs = [b for b in _padded_b(loras, dtype) if b is not None]
-    if len(plain) == len(weights) and goes_beside(dys, weights, bs[0]):
+    if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
         return *gradients_beside(dys, weights, bs, _stacked_a(plain, dtype)), {}
     dus = {i: dys[i] @ _scaled(lora, dtype) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
@@ -270,35 +365,58 @@ def _plain_gradients(
     return input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, dtype))), du, dus
 
 
-def _mlp_forward(activation: str, x: Array, weights: Weights, loras: tuple[LoRA, ...]) -> Array:
-    return _mlp_fwd(activation, x, weights, loras)[0]
+def _mlp_forward(
+    how: tuple[Activation, str], inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
+) -> Array:
+    return _mlp_fwd(how, inputs, hollow, bias, weights, loras)[0]
 
 
 _mlp = jax.custom_vjp(_mlp_forward, nondiff_argnums=(0,))
 
 
-def _mlp_fwd(activation: str, x: Array, weights: Weights, loras: tuple[LoRA, ...]) -> tuple[Array, Any]:
-    (e, g), us = _products((_identity, (0.0, 0.0)), (x,), weights[:2], loras[:2], (None, None), None)
-    (y,), down_us = _products((PRODUCTS[activation], (0.0,)), (e, g), weights[2:], loras[2:], (None,), None)
-    return y, (x, e, g, us, down_us[0], weights, loras)
+def _mlp_fwd(
+    how: tuple[Activation, str], inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
+) -> tuple[Array, Any]:
+    into, activation = how
+    alone = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
+    ys, us = _products((into, alone[0]), inputs, weights[:-1], loras[:-1], alone[1], None)
+    act, wide = _activation(activation, ys, bias)
+    (y,), down_us = _products((act, (0.0,)), wide, weights[-1:], loras[-1:], (None,), None)
+    return y, (inputs, _marked(hollow), ys, bias, us, down_us[0], weights, loras)
+
+
+def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Function, Inputs]:
+    """What makes h, and of what."""
+    return (Function("gated", activation), ys) if bias is None else (Function("plain", activation), (*ys, bias))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _mlp_bwd(activation: str, residuals: Any, dy: Array) -> tuple[Any, ...]:
-    x, e, g, us, down_u, weights, loras = residuals
-    down = loras[2]
+def _mlp_bwd(how: tuple[Activation, str], residuals: Any, dy: Array) -> tuple[Any, ...]:
+    into, activation = how
+    inputs, hollow, ys, bias, us, down_u, weights, loras = residuals
+    down = loras[-1]
     du = dy @ _scaled(down, dy.dtype)
-    dh = input_gradient(weights[2:], (dy,), (du, down.a.astype(dy.dtype)))
-    de, dg, *dbs, da = gated_gradients(e, g, dh, us[0], us[1], du, activation=activation)
-    pairs = dict(enumerate(loras[:2]))
-    dx, both, _ = _plain_gradients(weights[:2], loras[:2], pairs, (de, dg))
+    dh = input_gradient(weights[-1:], (dy,), (du, down.a.astype(dy.dtype)))
+    if bias is None:
+        e, g = ys
+        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, activation=activation)
+        dbs = [db_gate, db_up]
+    else:
+        (e,) = ys
+        *dys, db, da = plain_gradients(e, bias, dh, us[0], du, activation=activation)
+        dbs = [db]
+    pairs = dict(enumerate(loras[:-1]))
+    dx, both, _ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys))
     assert both is not None
+    x, pull = _pulled(into, inputs, hollow)
     das = _split(outer(both, x), pairs, axis=0)
     dloras = [_pair_gradient(lora, da, db) for lora, da, db in zip(pairs.values(), das, dbs, strict=True)]
     # Only where a weight is trained is h computed once more.
-    h = PRODUCTS[activation](e, g)
-    dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, ((x, de), (x, dg), (h, dy)), strict=True))
-    return dx, dweights, (*dloras, _pair_gradient(down, da, outer(dy, down_u)))
+    act, wide = _activation(activation, ys, bias)
+    dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, (*((x, each) for each in dys), (act(*wide), dy)), strict=True))
+    dbias = None if bias is None else dys[0].astype(jnp.float32).sum(0, keepdims=True).astype(bias.dtype)
+    dinputs, dhollow = (pull(dx[:, : x.shape[1]]), None) if hollow is None else (None, dx)
+    return dinputs, dhollow, dbias, dweights, (*dloras, _pair_gradient(down, da, outer(dy, down_u)))
 
 
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)
@@ -319,11 +437,11 @@ def _gated_fwd(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -
     gate, up = (w.packed() for w in weights)
     assert gate is not None and up is not None
     h, e, g = gated(x, gate, up, update, activation=activation, backend=backend)
-    return (e, g, h), ((x,), weights, loras, (None, None), us)
+    return (e, g, h), ((x,), None, weights, loras, (None, None), us)
 
 
 def _gated_bwd(how: tuple[str, str], residuals: Any, cotangents: tuple[Array, Array, Array]) -> tuple[Any, ...]:
-    (dx,), dweights, dloras, _, _ = _project_bwd((_identity, (0.0, 0.0)), residuals, cotangents[:2])
+    (dx,), _, dweights, dloras, _, _ = _project_bwd((_identity, (0.0, 0.0)), residuals, cotangents[:2])
     return dx, dweights, dloras
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlora.nn.linear import Linear, project_activated, project_gated, project_mlp
+from jaxlora.nn.pending import Pending
 from jaxlora.nn.vjp import Wanted, hoisted, is_zero, values
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from pallas_kernels.lora_swiglu.activations import PRODUCTS
+from pallas_kernels.lora_input.functions import PLAIN, Function
 
 
 class GatedMLP(nnx.Module):
@@ -23,14 +24,19 @@ class GatedMLP(nnx.Module):
         self.up_proj = Linear(features, hidden, bias=bias, dtype=dtype)
         self.down_proj = Linear(hidden, features, bias=bias, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "*N D"], keys: Mapping[str, PRNGKeyArray] | None = None) -> Float[Array, "*N D"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The Linears that take its input."""
+        return (self.gate_proj, self.up_proj)
+
+    def __call__(self, x: Float[Array, "*N D"] | Pending, keys: Mapping[str, PRNGKeyArray] | None = None) -> Float[Array, "*N D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
         gate_key, up_key, down_key = ((keys or {}).get(name) for name in ("gate_proj", "up_proj", "down_proj"))
         y = project_mlp((self.gate_proj, self.up_proj, self.down_proj), x, self.activation, (gate_key, up_key, down_key))
         if y is not None:
             return y
         gated, h = project_gated((self.gate_proj, self.up_proj), x, self.activation, (gate_key, up_key))
-        return project_activated(self.down_proj, PRODUCTS[self.activation], gated, down_key, value=h)
+        return project_activated(self.down_proj, Function("gated", self.activation), gated, down_key, value=h)
 
 
 def by_tiles(function: Callable[[Array], Array], x: Float[Array, "*N D"], tile: int | None) -> Float[Array, "*N D"]:
@@ -91,45 +97,29 @@ def tiles(tokens: int, tile: int) -> int:
 
 
 class PlainMLP(nnx.Module):
-    """fc2(act(fc1 x)), with biases."""
+    """fc2(act(fc1 x)), with biases; ``activation`` is a name that `pallas_kernels.lora_input` knows."""
 
-    def __init__(self, features: int, hidden: int, *, activation: Callable[[Array], Array], dtype: Any = jnp.bfloat16):
+    def __init__(self, features: int, hidden: int, *, activation: str, dtype: Any = jnp.bfloat16):
         self.fc1 = Linear(features, hidden, bias=True, dtype=dtype)
         self.fc2 = Linear(hidden, features, bias=True, dtype=dtype)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "*N D"], keys: Mapping[str, PRNGKeyArray] | None = None) -> Float[Array, "*N D"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The Linears that take its input."""
+        return (self.fc1,)
+
+    def __call__(self, x: Float[Array, "*N D"] | Pending, keys: Mapping[str, PRNGKeyArray] | None = None) -> Float[Array, "*N D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
-        keys = keys or {}
-        return project_activated(self.fc2, self.activation, (self.fc1(x, keys.get("fc1")),), keys.get("fc2"))
+        return two_linears(self.fc1, self.fc2, x, self.activation, [(keys or {}).get(name) for name in ("fc1", "fc2")])
 
 
-def quick_gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """x · sigmoid(1.702 x), in fp32 and rounded once (Hendrycks & Gimpel 2016, arXiv:1606.08415).
-
-    >>> quick_gelu(jnp.array([0.0, 1.0])).round(3).tolist()
-    [0.0, 0.8460000157356262]
-    """
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.nn.sigmoid(1.702 * x32)).astype(x.dtype)
-
-
-def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """x · Φ(x) with the normal distribution's exact Φ, in fp32 and rounded once.
-
-    >>> gelu(jnp.array([0.0, 1.0])).round(3).tolist()
-    [0.0, 0.8410000205039978]
-    """
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
-
-
-def gelu_tanh(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """gelu by x / 2 · (1 + tanh(√(2/π) (x + 0.044715 x³))), in fp32 and rounded once (Hendrycks & Gimpel 2016, arXiv:1606.08415).
-
-    >>> gelu_tanh(jnp.array([0.0, 1.0])).round(4).tolist()
-    [0.0, 0.8411999940872192]
-    """
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+def two_linears(
+    first: Linear, last: Linear, x: Float[Array, "*N D"] | Pending, activation: str, keys: Sequence[PRNGKeyArray | None]
+) -> Float[Array, "*N O"]:
+    """last(act(first x))."""
+    y = project_mlp((first, last), x, activation, keys)
+    return project_activated(last, PLAIN[activation], (first(x, keys[0]),), keys[1]) if y is None else y
 
 
 class SwiGLU(GatedMLP):

@@ -1,15 +1,20 @@
 """Normalisation layers."""
 
-import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.typing import Array, Float
+from jaxlora.nn.linear import Linear, spare_columns, widens
+from jaxlora.nn.pending import Pending, fork
+from jaxlora.typing import Array, Float, PRNGKeyArray
 from jaxlora.weights.base import abstract
+from pallas_kernels.lora_input import Function
+
+# What computes a norm, and of what.
+type Definition = tuple[Function, tuple[Array, ...]]
 
 
 class RMSNorm(nnx.Module):
@@ -19,9 +24,14 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(abstract((features,), dtype))
         self.eps = eps
 
+    def definition(self, x: Float[Array, "*N D"]) -> Definition:
+        """As a kernel takes it."""
+        return Function("rms_norm", eps=self.eps), (x, _row(self.weight, x))
+
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         """Normalises the last axis."""
-        return _rms_norm(self.eps, x, _row(self.weight, x))
+        function, inputs = self.definition(x)
+        return function(*inputs)
 
 
 class CentredRMSNorm(nnx.Module):
@@ -31,9 +41,14 @@ class CentredRMSNorm(nnx.Module):
         self.weight = nnx.Param(abstract((features,), dtype))
         self.eps = eps
 
+    def definition(self, x: Float[Array, "*N D"]) -> Definition:
+        """As a kernel takes it."""
+        return Function("rms_norm", eps=self.eps), (x, 1.0 + _row(self.weight, x.astype(jnp.float32)))
+
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         """Normalises the last axis."""
-        return _rms_norm(self.eps, x, 1.0 + _row(self.weight, x.astype(jnp.float32)))
+        function, inputs = self.definition(x)
+        return function(*inputs)
 
 
 class LayerNorm(nnx.Module):
@@ -44,42 +59,31 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(abstract((features,), dtype))
         self.eps = eps
 
+    def definition(self, x: Float[Array, "*N D"]) -> Definition:
+        """As a kernel takes it."""
+        return Function("layer_norm", eps=self.eps), (x, _row(self.weight, x), _row(self.bias, x))
+
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         """Normalises the last axis."""
-        x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
-        return (normed * _row(self.weight, x32) + _row(self.bias, x32)).astype(x.dtype)
+        function, inputs = self.definition(x)
+        return function(*inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rms_norm(eps: float, x: Float[Array, "*N D"], weight: Float[Array, "*ones D"]) -> Float[Array, "*N D"]:
-    """weight · x / rms(x): the quotient is rounded to the weight's dtype, the product to x's."""
-    return _rms_norm_fwd(eps, x, weight)[0]
+def branch(
+    norm: RMSNorm | CentredRMSNorm | LayerNorm,
+    x: Float[Array, "*N D"],
+    linears: Sequence[Linear],
+    keys: Mapping[str, PRNGKeyArray] | None,
+) -> tuple[Float[Array, "*N D"], Float[Array, "*N D"] | Pending]:
+    """(x, norm(x)), where a residual block begins whose ``linears`` alone take the norm; x goes on past it.
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _rms_norm_fwd(eps: float, x: Array, weight: Array) -> tuple[Array, Any]:
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return ((x32 * inverse).astype(weight.dtype) * weight).astype(x.dtype), (x, weight, inverse)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _rms_norm_bwd(eps: float, residuals: Any, dy: Array) -> tuple[Array, Array]:
-    """With n = x / rms and g = w·dy: dx = (g - n·mean(g·n)) / rms, dw = Σ dy·n over the rows."""
-    x, weight, inverse = residuals
-    x32 = x.astype(jnp.float32)
-    normed = x32 * inverse
-    g = (dy.astype(weight.dtype) * weight).astype(jnp.float32)
-    # Without 1 / rms inside, the sum does not wait for it: both are one pass over x.
-    along = inverse * jnp.mean(g * x32, axis=-1, keepdims=True)
-    dx = inverse * (g - normed * along)
-    dweight = jnp.sum(dy.astype(jnp.float32) * normed.astype(weight.dtype).astype(jnp.float32), axis=tuple(range(x.ndim - 1)))
-    return dx.astype(x.dtype), dweight.astype(weight.dtype).reshape(weight.shape)
-
-
-_rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+    Where kernels run, the norm is pending: the Linears make it with their adapters' columns beside it, and its backward is one pass with
+    the gradient that comes past it. ``keys`` are the layer's for dropout.
+    """
+    function, inputs = norm.definition(x)
+    if not widens(function, inputs, linears, keys):
+        return x, function(*inputs)
+    return fork(function, inputs, spare_columns(linears))
 
 
 def residual(x: Float[Array, "*N D"], added: Float[Array, "*N D"]) -> Float[Array, "*N D"]:

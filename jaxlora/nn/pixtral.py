@@ -16,7 +16,8 @@ from jaxlora.nn.attention import LayerInputs, Shared, kept_heads
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import SwiGLU
-from jaxlora.nn.norm import RMSNorm, residual
+from jaxlora.nn.norm import RMSNorm, branch, residual
+from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack
 from jaxlora.nn.vision import PatchProjection
 from jaxlora.typing import Array, Float, PRNGKeyArray
@@ -72,7 +73,12 @@ class PixtralAttention(nnx.Module):
         self.v_proj = Linear(config.hidden_size, config.hidden_size, dtype=dtype)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "P W D"], shared: Shared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "P W D"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The Linears that take its input."""
+        return (self.q_proj, self.k_proj, self.v_proj)
+
+    def __call__(self, x: Float[Array, "P W D"] | Pending, shared: Shared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "P W D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
         P, W, _ = x.shape
         projected = project((self.q_proj, self.k_proj, self.v_proj), x, [keys.get(f"{name}_proj") for name in "qkv"])
@@ -95,8 +101,10 @@ class PixtralLayer(nnx.Module):
     def __call__(self, x: Float[Array, "P W D"], shared: Shared, layer: LayerInputs) -> tuple[Float[Array, "P W D"], None]:
         """Returns the state; a layer has no output of its own."""
         keys = layer.keys or {}
-        x = residual(x, self.attention(self.attention_norm(x), shared, keys))
-        return x + self.feed_forward(self.ffn_norm(x), keys), None
+        x, normed = branch(self.attention_norm, x, self.attention.inputs, keys)
+        x = residual(x, self.attention(normed, shared, keys))
+        x, normed = branch(self.ffn_norm, x, self.feed_forward.inputs, keys)
+        return x + self.feed_forward(normed, keys), None
 
 
 class PixtralTransformer(nnx.Module):

@@ -12,14 +12,15 @@ from jaxlora.nn.attention import LayerInputs
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import Embed
 from jaxlora.nn.linear import Linear, project
-from jaxlora.nn.mlp import PlainMLP, gelu_tanh, quick_gelu
-from jaxlora.nn.norm import LayerNorm, residual
+from jaxlora.nn.mlp import PlainMLP
+from jaxlora.nn.norm import LayerNorm, branch, residual
+from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import abstract, contract_last
 from pallas_kernels.attention import attention
 
-ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,12 @@ class SiglipAttention(nnx.Module):
         self.v_proj = Linear(width, width, bias=True, dtype=dtype)
         self.out_proj = Linear(width, width, bias=True, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "P W D"], shared: SiglipShared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "P W D"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The Linears that take its input."""
+        return (self.q_proj, self.k_proj, self.v_proj)
+
+    def __call__(self, x: Float[Array, "P W D"] | Pending, shared: SiglipShared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "P W D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
         P, W, _ = x.shape
         names = ("q_proj", "k_proj", "v_proj")
@@ -122,8 +128,10 @@ class SiglipLayer(nnx.Module):
     def __call__(self, x: Float[Array, "P W D"], shared: SiglipShared, layer: LayerInputs) -> tuple[Float[Array, "P W D"], None]:
         """Returns the state; a layer has no output of its own."""
         keys = layer.keys or {}
-        x = residual(x, self.self_attn(self.layer_norm1(x), shared, keys))
-        return x + self.mlp(self.layer_norm2(x), keys), None
+        x, normed = branch(self.layer_norm1, x, self.self_attn.inputs, keys)
+        x = residual(x, self.self_attn(normed, shared, keys))
+        x, normed = branch(self.layer_norm2, x, self.mlp.inputs, keys)
+        return x + self.mlp(normed, keys), None
 
 
 class SiglipEncoder(nnx.Module):

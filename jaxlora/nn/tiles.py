@@ -19,8 +19,9 @@ from jaxlora.nn.attention import LayerInputs
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import Embed
 from jaxlora.nn.linear import Linear, project
-from jaxlora.nn.mlp import PlainMLP, gelu
-from jaxlora.nn.norm import LayerNorm, residual
+from jaxlora.nn.mlp import PlainMLP
+from jaxlora.nn.norm import LayerNorm, branch, residual
+from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack
 from jaxlora.nn.vision import PatchProjection
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
@@ -141,7 +142,12 @@ class TilesAttention(nnx.Module):
         self.v_proj = Linear(width, width, dtype=dtype)
         self.o_proj = Linear(width, width, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "N L D"], shared: TilesShared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "N L D"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The Linears that take its input."""
+        return (self.q_proj, self.k_proj, self.v_proj)
+
+    def __call__(self, x: Float[Array, "N L D"] | Pending, shared: TilesShared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "N L D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
         N, L, _ = x.shape
         names = ("q_proj", "k_proj", "v_proj")
@@ -158,15 +164,17 @@ class TilesLayer(nnx.Module):
         self.input_layernorm = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.self_attn = TilesAttention(config, dtype=dtype)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        self.mlp = PlainMLP(config.hidden_size, config.intermediate_size, activation=gelu, dtype=dtype)
+        self.mlp = PlainMLP(config.hidden_size, config.intermediate_size, activation="gelu", dtype=dtype)
         self.gate_attn, self.gate_ffn = (nnx.data(nnx.Param(abstract((1,), dtype)) if gated else None) for _ in range(2))
 
     def __call__(self, x: Float[Array, "N L D"], shared: TilesShared, layer: LayerInputs) -> tuple[Float[Array, "N L D"], None]:
         """Returns the state; a layer has no output of its own."""
         keys = layer.keys or {}
-        attended = self.self_attn(self.input_layernorm(x), shared, keys)
+        x, normed = branch(self.input_layernorm, x, self.self_attn.inputs, keys)
+        attended = self.self_attn(normed, shared, keys)
         x = residual(x, attended if self.gate_attn is None else gate(self.gate_attn, x.dtype) * attended)
-        y = self.mlp(self.post_attention_layernorm(x), keys)
+        x, normed = branch(self.post_attention_layernorm, x, self.mlp.inputs, keys)
+        y = self.mlp(normed, keys)
         return x + (y if self.gate_ffn is None else gate(self.gate_ffn, x.dtype) * y), None
 
 

@@ -14,9 +14,10 @@ from jaxlora.nn import rope
 from jaxlora.nn.attention import LayerInputs, Shared, kept_heads
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import features_at
-from jaxlora.nn.linear import Linear, project_activated
-from jaxlora.nn.mlp import gelu
-from jaxlora.nn.norm import residual
+from jaxlora.nn.linear import Linear
+from jaxlora.nn.mlp import two_linears
+from jaxlora.nn.norm import branch, residual
+from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack, fold_path
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import abstract, contract_last
@@ -124,7 +125,12 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear(config.embed_dim, 3 * config.embed_dim, bias=True, dtype=dtype)
         self.proj = Linear(config.embed_dim, config.embed_dim, bias=True, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "P W D"], shared: VisionShared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "P W D"]:
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The Linears that take its input."""
+        return (self.qkv,)
+
+    def __call__(self, x: Float[Array, "P W D"] | Pending, shared: VisionShared, keys: Mapping[str, PRNGKeyArray]) -> Float[Array, "P W D"]:
         """``keys``: a dropout key for each Linear that drops, by its name."""
         P, W, _ = x.shape
         qkv = self.qkv(x, keys.get("qkv")).reshape(P, W, 3, self.heads, -1)
@@ -148,8 +154,10 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "P W D"], shared: VisionShared, layer: LayerInputs) -> tuple[Float[Array, "P W D"], None]:
         """Returns the state; a block has no output of its own."""
         keys = layer.keys or {}
-        x = residual(x, self.attn(self.norm1(x), shared, keys))
-        return x + self.mlp(self.norm2(x), keys), None
+        x, normed = branch(self.norm1, x, self.attn.inputs, keys)
+        x = residual(x, self.attn(normed, shared, keys))
+        x, normed = branch(self.norm2, x, self.mlp.inputs, keys)
+        return x + self.mlp(normed, keys), None
 
 
 class PatchMerger(nnx.Module):
@@ -161,7 +169,7 @@ class PatchMerger(nnx.Module):
         width = config.embed_dim * config.merged
         self.ln_q = norm(config.embed_dim, eps=config.norm_eps, dtype=dtype)
         # The activation has a place of its own, so that the Linears are 0 and 2 as in the checkpoints.
-        layers = (Linear(width, width, bias=True, dtype=dtype), gelu, Linear(width, config.out_features, bias=True, dtype=dtype))
+        layers = (Linear(width, width, bias=True, dtype=dtype), "gelu", Linear(width, config.out_features, bias=True, dtype=dtype))
         self.mlp: nnx.List[Any] = nnx.List(layers)
 
     def __call__(self, x: Float[Array, "P W D"], key: PRNGKeyArray | None) -> Float[Array, "P F O"]:
@@ -169,8 +177,7 @@ class PatchMerger(nnx.Module):
         P, W, _ = x.shape
         first, activation, last = self.mlp
         keys = [None if key is None else fold_path(key, f"{self.path}.mlp.{i}") for i in (0, 2)]
-        h = first(self.ln_q(x).reshape(P, W // self.merged, -1), keys[0])
-        return project_activated(last, activation, (h,), keys[1])
+        return two_linears(first, last, self.ln_q(x).reshape(P, W // self.merged, -1), activation, keys)
 
 
 class VisionTower(nnx.Module):

@@ -75,7 +75,7 @@ class AbstractWeight(abc.ABC):
             return contract_last(x, self.dequantise().astype(x.dtype))
         u, b = update
         if self.shape[0] >= self.shape[1] and one_product(x.shape[1], u.shape[1]):
-            return contract_last(beside(x, u), stacked((self,), x.dtype, right=b))
+            return product_beside((self,), beside(x, u), b)
         return contract_last(x, self.dequantise().astype(x.dtype)) + contract_last(u, b)
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
@@ -91,16 +91,15 @@ class AbstractWeight(abc.ABC):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-def join(weights: Sequence[AbstractWeight], x: Float[Array, "N I"], columns: Float[Array, "N R"]) -> bool:
+def join(weights: Sequence[AbstractWeight], width: int, columns: int) -> bool:
     """Whether the products of one x are better made as one: outputs not much wider than x, of codes that are decoded in one pass."""
-    narrow, decoded = sum(w.shape[0] for w in weights) <= 2 * x.shape[1], all(w.decoded for w in weights)
-    return narrow and decoded and one_product(x.shape[1], columns.shape[1]) and weights[0].above(weights[1:]) is not None
+    narrow, decoded = sum(w.shape[0] for w in weights) <= 2 * width, all(w.decoded for w in weights)
+    return narrow and decoded and one_product(width, columns) and weights[0].above(weights[1:]) is not None
 
 
-def joined_product(weights: Sequence[AbstractWeight], x: Float[Array, "N I"], update: LowRank) -> Float[Array, "N _"]:
-    """The products x @ W_iᵀ side by side, plus u @ bᵀ of an update (u [N, R], b [ΣO, R])."""
-    u, b = update
-    return contract_last(beside(x, u), stacked(weights, x.dtype, right=b))
+def product_beside(weights: Sequence[AbstractWeight], both: Float[Array, "N C"], b: Float[Array, "O R"]) -> Float[Array, "N O"]:
+    """The products x @ W_iᵀ side by side, plus u @ bᵀ of an update, for both = [x, u]; O is all the weights' outputs."""
+    return contract_last(both, stacked(weights, both.dtype, right=b))
 
 
 def input_gradient(
@@ -134,8 +133,8 @@ def gradients_beside(
     weights: Sequence[AbstractWeight],
     columns: Sequence[Float[Array, "_ R"]],
     rows: Float[Array, "R I"],
-) -> tuple[Float[Array, "N I"], Float[Array, "N R"]]:
-    """(Σ dy_i @ W_i + du @ rows, du = Σ dy_i @ b_i) for columns b_i [O_i, R]: one product for each wide dy, which is read once.
+) -> tuple[Float[Array, "N C"], Float[Array, "N R"]]:
+    """([Σ dy_i @ W_i + du @ rows, du], du = Σ dy_i @ b_i) for columns b_i [O_i, R]: one product for each wide dy, which is read once.
 
     [W_i, b_i] is what ``matmul`` decodes for an update, so that a block that is recomputed beside its backward decodes it once.
     """
@@ -144,13 +143,13 @@ def gradients_beside(
     both = functools.reduce(lambda total, part: part + total, parts)
     width = rows.shape[1]
     du = both[:, width:]
-    return (contract_first(du, jnp.pad(rows, ((0, 0), (0, du.shape[1])))) + both)[:, :width], du
+    return contract_first(du, jnp.pad(rows, ((0, 0), (0, du.shape[1])))) + both, du
 
 
-def goes_beside(dys: Sequence[Float[Array, "N _"]], weights: Sequence[AbstractWeight], columns: Float[Array, "_ R"]) -> bool:
-    """Whether R more columns of the products dy_i @ W_i cost less than reading dys once more that are much wider than the input."""
-    wide, few = sum(w.shape[0] for w in weights) > 2 * weights[0].shape[1], columns.shape[1] <= _FEW
-    return wide and few and all(w.decoded and one_product(dy.shape[1], columns.shape[1]) for dy, w in zip(dys, weights, strict=True))
+def goes_beside(weights: Sequence[AbstractWeight], columns: int) -> bool:
+    """Whether so many more columns of the products dy_i @ W_i cost less than reading dys once more that are much wider than the input."""
+    wide = sum(w.shape[0] for w in weights) > 2 * weights[0].shape[1]
+    return wide and columns <= _FEW and all(w.decoded and one_product(w.shape[0], columns) for w in weights)
 
 
 def stacked(

@@ -20,7 +20,3 @@ def product(e: Float[Array, "*N F"], g: Float[Array, "*N F"], *, activation: str
     [0.0, 1.4620000123977661]
     """
     return ACTIVATIONS[activation](e.astype(jnp.float32)).astype(e.dtype) * g
-
-
-# One function an activation, since what is compiled is found again by the function.
-PRODUCTS = {name: functools.partial(product, activation=name) for name in ACTIVATIONS}

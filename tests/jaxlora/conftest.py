@@ -5,23 +5,51 @@ import dataclasses
 import pytest
 
 from jaxlora.nn import linear as linear_module
-from pallas_kernels.gated_gradients import KERNEL, gated_gradients
+from jaxlora.nn import pending as pending_module
+from jaxlora.weights import base as base_module
+
+KERNELS = {
+    "lora_input": (linear_module, "INPUT"),
+    "gated_gradients": (linear_module, "GRADIENTS"),
+    "plain_gradients": (linear_module, "PLAIN_GRADIENTS"),
+    "norm_gradient": (pending_module, None),
+}
+TRACES = linear_module._products, linear_module._project_bwd, linear_module._mlp_bwd, pending_module._fork_bwd
 
 
 @pytest.fixture
 def in_one_pass(monkeypatch):
-    """Takes the path of a kernel that makes the wide gradients, with the backend that runs anywhere; says how often."""
-    ran = []
+    """Takes the paths of some kernels (of gated_gradients alone, unless others are named), which run by their XLA backend.
 
-    def gradients(*args, **kwargs):
-        ran.append(1)
-        return gated_gradients(*args, **kwargs, backend="xla")
+    Says how often each ran. With lora_input, products have the adapters' columns beside their operands, as on a GPU.
+    """
+    ran = dict.fromkeys(KERNELS, 0)
 
-    def take():
-        monkeypatch.setattr(linear_module, "GRADIENTS", dataclasses.replace(KERNEL, refuses=lambda name, *_, **__: None))
-        monkeypatch.setattr(linear_module, "gated_gradients", gradients)
+    def counted(name, real):
+        def run(*args, **kwargs):
+            ran[name] += 1
+            return real(*args, **kwargs, backend="xla")
+
+        return run
+
+    def take(*names):
+        forget()
+        for name in names or ("gated_gradients",):
+            module, record = KERNELS[name]
+            monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+            if record is not None:
+                kernel = getattr(module, record)
+                monkeypatch.setattr(module, record, dataclasses.replace(kernel, refuses=lambda name, *_, **__: None))
+        if "lora_input" in names:
+            for module in (base_module, linear_module):
+                monkeypatch.setattr(module, "one_product", lambda width, columns: True)
+            monkeypatch.setattr(linear_module, "_MANY_ROWS", 1)
         return ran
 
-    linear_module._mlp_bwd.clear_cache()
+    def forget():
+        for trace in TRACES:
+            trace.clear_cache()
+
+    forget()
     yield take
-    linear_module._mlp_bwd.clear_cache()
+    forget()

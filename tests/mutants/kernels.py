@@ -48,6 +48,13 @@ KERNEL_MUTANTS = [
         GATED,
     ),
     Mutant(
+        "pallas_kernels/plain_gradients/xla.py",
+        "return de, _outer(de, u)",
+        "return de, _outer(dh, u)",
+        "sums over a gradient that the activation did not turn",
+        REFERENCE,
+    ),
+    Mutant(
         "pallas_kernels/gated_gradients/xla.py",
         "zip((de, dg), us",
         "zip((dg, de), us",
@@ -56,8 +63,8 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "jaxlora/weights/base.py",
-        "stacked(weights, x.dtype, right=b)",
-        "stacked(weights[::-1], x.dtype, right=b)",
+        "stacked(weights, both.dtype, right=b)",
+        "stacked(weights[::-1], both.dtype, right=b)",
         "joined outputs swapped",
         LINEAR,
     ),

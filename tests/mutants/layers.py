@@ -5,11 +5,35 @@ from record import Mutant
 NORM = "tests/jaxlora/nn/test_norm.py"
 OFFLOAD = "tests/jaxlora/nn/test_offload.py"
 REMAT = "tests/jaxlora/train/test_remat.py"
+PENDING = "tests/jaxlora/nn/test_pending.py"
 STACK = "tests/jaxlora/nn/test_stack.py"
 TILES = "tests/jaxlora/nn/test_mlp.py"
 
 LAYER_MUTANTS = [
-    Mutant("jaxlora/nn/norm.py", "jnp.mean(g * x32, axis", "jnp.mean(g, axis", "the norm's backward forgets the direction of x", NORM),
+    Mutant(
+        "pallas_kernels/lora_input/functions.py",
+        "jnp.mean(g * x32, axis",
+        "jnp.mean(g, axis",
+        "the norm's backward forgets the direction of x",
+        NORM,
+    ),
+    Mutant(
+        "pallas_kernels/lora_input/functions.py",
+        "inverse * (g - shift - ",
+        "inverse * (g - ",
+        "the layer norm's backward forgets the mean",
+        NORM,
+    ),
+    Mutant("jaxlora/nn/pending.py", "dy, past.reshape", "dy, 0 * past.reshape", "what comes past a norm is lost", PENDING),
+    Mutant("jaxlora/nn/linear.py", "else (None, wide)", "else (None, 0 * wide)", "what comes through a pending norm is lost", PENDING),
+    Mutant("jaxlora/nn/linear.py", "else (None, dx)", "else (None, 0 * dx)", "what comes through an MLP's norm is lost", PENDING),
+    Mutant(
+        "jaxlora/nn/linear.py",
+        "if keys and any(linear.lora_dropout for linear in linears):",
+        "if False:",
+        "a pending norm's adapters do not drop",
+        PENDING,
+    ),
     Mutant("jaxlora/nn/offload.py", "[here, *saved]", "[before[0], *saved]", "every block is recomputed from the first input", STACK),
     Mutant("jaxlora/nn/offload.py", "if x.shape[-2] >= _LONG", "if False", "attention of long rows is computed again", OFFLOAD),
     Mutant("jaxlora/nn/offload.py", "jnp.add, dconst, added", "lambda a, b: b, dconst, added", "what blocks share, by one of them", STACK),

@@ -101,7 +101,7 @@ MUTANTS = [
         ROPE,
     ),
     Mutant(
-        "jaxlora/nn/norm.py",
+        "pallas_kernels/lora_input/functions.py",
         "jnp.square(x32), axis=-1, keepdims=True) + eps)",
         "jnp.square(x32), axis=-1, keepdims=True) + 1e-2)",
         "another epsilon in RMSNorm",
@@ -157,7 +157,7 @@ MUTANTS = [
         "jaxlora/nn/attention.py", "visible = columns <= last", "visible = columns < last", "decoding does not see its own token", GENERATE
     ),
     # the step
-    Mutant("jaxlora/nn/linear.py", "return pull(dx), ", "return pull(x), ", "an activation's gradient of its value", LINEAR),
+    Mutant("jaxlora/nn/linear.py", "(pull(dx), None)", "(pull(x), None)", "an activation's gradient of its value", LINEAR),
     Mutant("jaxlora/weights/base.py", "part + total, parts", "total, parts", "the gradient by the first of a group alone", LINEAR),
     Mutant("jaxlora/weights/base.py", "beside(*dys, *u)", "beside(*u, *dys)", "columns swapped", FORMATS),
     Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", CUDNN),

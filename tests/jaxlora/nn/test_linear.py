@@ -8,12 +8,12 @@ from flax import nnx
 
 from jaxlora.nn import linear as linear_module
 from jaxlora.nn.linear import Linear, project, project_activated
-from jaxlora.nn.mlp import PRODUCTS
 from jaxlora.weights import base
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
 from jaxlora.weights.nf4 import NF4
+from pallas_kernels.lora_input import Function
 from tests.tolerances import REORDERED_FP32
 
 WIDTH, OUTS, RANKS = 20, (24, 8, 12), (4, None, 3)
@@ -120,7 +120,7 @@ def test_gradients_are_the_formulas_where_du_is_part_of_a_wide_product(monkeypat
 def test_adapted_codes_of_one_input_are_one_product_on_a_gpu(monkeypatch, on_a_gpu, weight, ranks, joined):
     """Outputs of 44 in all from 64 columns."""
     found = []
-    monkeypatch.setattr(linear_module, "joined_product", lambda *args: found.append(1) or base.joined_product(*args))
+    monkeypatch.setattr(linear_module, "product_beside", lambda *args: found.append(len(args[0])) or base.product_beside(*args))
     linears, x = [make(i, rank=rank, weight=weight, width=64) for i, rank in enumerate(ranks)], normal(0, 5, 64)
     assert_close(jitted(project, linears, x), jitted(formula, linears, x))
     (ours, dx), (theirs, dx_theirs) = gradients(project, linears, x), gradients(formula, linears, x)
@@ -128,7 +128,7 @@ def test_adapted_codes_of_one_input_are_one_product_on_a_gpu(monkeypatch, on_a_g
     for i, rank in enumerate(ranks):
         if rank:
             assert_close({k: ours[i][k] for k in ("lora_A", "lora_B")}, {k: theirs[i][k] for k in ("lora_A", "lora_B")})
-    assert bool(found) == joined
+    assert (found == [len(ranks)]) == joined
 
 
 def test_leading_axes_are_kept():
@@ -153,7 +153,7 @@ def test_an_activated_projection_is_the_linear_of_the_activation(dropout):
     key = jax.random.key(3) if dropout else None
 
     def ours(linear, e, g):
-        return project_activated(linear, PRODUCTS["silu"], (e, g), key)
+        return project_activated(linear, Function("gated", "silu"), (e, g), key)
 
     def plain(linear, e, g):
         return linear(jax.nn.silu(e) * g, key)

@@ -1,0 +1,93 @@
+"""A norm that the Linears which take it make themselves, and whose backward is one pass with what comes past it."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.typing import Array, Float
+from pallas_kernels.lora_input import Function
+from pallas_kernels.norm_gradient import norm_gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """norm(x) = function(*inputs), not computed yet.
+
+    The value's gradient goes to ``hollow`` [N, C], zeros that nobody reads: of its cotangent the first columns count, as many as x has. The
+    others let products leave their gradient where they made it, beside their adapters' columns. ``fork`` turns it into the gradient of x.
+    """
+
+    function: Function
+    inputs: tuple[Array, ...]
+    hollow: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The value's."""
+        return self.inputs[0].shape
+
+    def value(self) -> Array:
+        """Computed apart."""
+        return _value(self.function, self.inputs, self.hollow)
+
+
+def fork(function: Function, inputs: Sequence[Array], spare: int) -> tuple[Float[Array, "*N D"], Pending]:
+    """(x, its norm), for a residual block: x goes on past the norm; ``spare`` are the columns that ``hollow`` has beyond those of x.
+
+    >>> x, one = jnp.array([[1.0, -1.0]]), jnp.ones((1, 2))
+    >>> def f(x):
+    ...     past, normed = fork(Function("rms_norm"), (x, one), 0)
+    ...     return (5 * past + normed.value()).sum()
+    >>> f(x).item(), jax.grad(f)(x).tolist()
+    (0.0, [[6.0, 6.0]])
+    """
+    x, hollow = _fork(function, spare, tuple(inputs))
+    return x, Pending(function, jax.lax.stop_gradient(tuple(inputs)), hollow)
+
+
+def _fork_forward(function: Function, spare: int, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+    x = inputs[0]
+    return x, jnp.zeros((x.size // x.shape[-1], x.shape[-1] + spare), x.dtype)
+
+
+_fork = jax.custom_vjp(_fork_forward, nondiff_argnums=(0, 1))
+
+
+def _fork_fwd(function: Function, spare: int, inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Any]:
+    return _fork_forward(function, spare, inputs), inputs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fork_bwd(function: Function, spare: int, inputs: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Any]:
+    past, dy = cotangents
+    x, *rows = (v.reshape(-1, v.shape[-1]) for v in inputs)
+    dx = norm_gradient((x, *rows), dy, past.reshape(x.shape), function=function)
+    # Only where a norm is trained is its weight's gradient computed.
+    _, pull = jax.vjp(lambda *rows: function(x, *rows), *rows)
+    gradients = (dx, *pull(dy[:, : x.shape[1]]))
+    return (tuple(gradient.reshape(v.shape) for gradient, v in zip(gradients, inputs, strict=True)),)
+
+
+_fork.defvjp(_fork_fwd, _fork_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _value(function: Function, inputs: tuple[Array, ...], hollow: Array) -> Array:
+    return function(*inputs)
+
+
+def _value_fwd(function: Function, inputs: tuple[Array, ...], hollow: Array) -> tuple[Array, Any]:
+    # Of the hollow array the number of columns is kept.
+    return function(*inputs), jnp.zeros((0, hollow.shape[1]), hollow.dtype)
+
+
+def _value_bwd(function: Function, like: Array, dy: Array) -> tuple[None, Array]:
+    dy = dy.reshape(-1, dy.shape[-1])
+    return None, jnp.pad(dy, ((0, 0), (0, like.shape[1] - dy.shape[1])))
+
+
+_value.defvjp(_value_fwd, _value_bwd)
