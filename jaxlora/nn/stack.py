@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlora.errors import raise_all
-from jaxlora.nn.linear import Linear
+from jaxlora.nn.linear import Linear, making_inputs
 from jaxlora.nn.offload import scan_offloaded
 from jaxlora.nn.scan import Block, Run, Scan, scan_periods
 from jaxlora.select import expand, layers_of
@@ -116,7 +116,8 @@ class Stack(nnx.Module):
         def of_kind(graphdef: Any) -> Block:
             def block(x: Array, own: Any) -> tuple[Array, Any]:
                 state, extra = own
-                x, out = nnx.merge(graphdef, state)(x, shared, extra)
+                with making_inputs(scan.remat is not None):
+                    x, out = nnx.merge(graphdef, state)(x, shared, extra)
                 return x, None if scan.offload else out
 
             return block
