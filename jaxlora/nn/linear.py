@@ -265,14 +265,16 @@ def _products(
     if value is None and isinstance(act, Function) and _widens(how, inputs, weights, loras):
         pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
         both, columns = lora_input(inputs, _stacked_a(pairs, inputs[0].dtype), function=act)
-        us = dict(enumerate(_split(columns, pairs, axis=1)))
-        ys = _wide_ys(both, weights, loras, columns)
-    else:
-        x = act(*inputs) if value is None else value
-        us = _down(rates, x, loras, keys)
-        ys = _ys(x, weights, loras, us)
-    # A few columns a Linear, for which the backward would read x once more.
-    return ys, {i: checkpoint_name(u, "lora_u") for i, u in us.items()}
+        return _wide_ys(both, weights, loras, columns), _kept(dict(enumerate(_split(columns, pairs, axis=1))))
+    x = act(*inputs) if value is None else value
+    # Kept before they are used: a product that is computed again does not need them again.
+    us = _kept(_down(rates, x, loras, keys))
+    return _ys(x, weights, loras, us), us
+
+
+def _kept(us: dict[int, Array]) -> dict[int, Array]:
+    """A few columns a Linear, for which the backward would read x once more."""
+    return {i: checkpoint_name(u, "lora_u") for i, u in us.items()}
 
 
 def _forward(
