@@ -1,5 +1,7 @@
 """``project`` against its formula: values, every gradient, dropout, and what it keeps for the backward."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from jaxlora.weights.dense import Dense
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
 from jaxlora.weights.nf4 import NF4
-from pallas_kernels.lora_input import Function
+from pallas_kernels.functions import Function
 from tests.tolerances import REORDERED_FP32
 
 WIDTH, OUTS, RANKS = 20, (24, 8, 12), (4, None, 3)
@@ -129,6 +131,20 @@ def test_adapted_codes_of_one_input_are_one_product_on_a_gpu(monkeypatch, on_a_g
         if rank:
             assert_close({k: ours[i][k] for k in ("lora_A", "lora_B")}, {k: theirs[i][k] for k in ("lora_A", "lora_B")})
     assert (found == [len(ranks)]) == joined
+
+
+def test_an_adapters_columns_are_not_computed_again_where_they_are_kept():
+    """Of shape [5, 3]: A x in the forward, and dy B in the backward."""
+    made, x = make(0, rank=3, bias=False), normal(0, 5, WIDTH)
+    graphdef, state = nnx.split(made)
+    kept = jax.checkpoint_policies.save_only_these_names("lora_u")
+
+    def loss(state, x):
+        y = jax.checkpoint(lambda state, x: jnp.sin(nnx.merge(graphdef, state)(x)), policy=kept)(state, x)
+        return y.sum()
+
+    text = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(nnx.to_pure_dict(state), x).compile().as_text()
+    assert len(re.findall(r"= f32\[5,3\]\S* dot\(", text)) == 2
 
 
 def test_leading_axes_are_kept():
