@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Case, Packed
 from pallas_kernels.attention import Intervals, cover
-from pallas_kernels.lora_input import Function
+from pallas_kernels.functions import Function
 from pallas_kernels.packed import GROUP
 
 DTYPE = jnp.bfloat16
@@ -142,7 +142,7 @@ def _plain_gradients(rows: int, columns: int, rank: int) -> Size:
 
 def _inputs(key: Any, function: Function, rows: int, columns: int) -> tuple[Any, ...]:
     """The inputs of a function of rows: those as wide as the result, then weights and biases."""
-    wide, narrow = {"rms_norm": (1, 1), "layer_norm": (1, 2), "plain": (1, 1), "gated": (2, 0)}[function.form]
+    wide, narrow = function.inputs
     shapes = [(rows, columns)] * wide + [(1, columns)] * narrow
     return tuple(jax.random.normal(k, shape, DTYPE) for k, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True))
 

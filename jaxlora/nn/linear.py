@@ -29,10 +29,11 @@ from jaxlora.weights.base import (
 )
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
+from pallas_kernels.functions import Function
 from pallas_kernels.gated_gradients import KERNEL as GRADIENTS
 from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.lora_input import KERNEL as INPUT
-from pallas_kernels.lora_input import Function, lora_input
+from pallas_kernels.lora_input import lora_input
 from pallas_kernels.lora_swiglu import KERNEL as GATED
 from pallas_kernels.lora_swiglu import gated
 from pallas_kernels.plain_gradients import KERNEL as PLAIN_GRADIENTS
@@ -46,7 +47,7 @@ type Inputs = tuple[Array, ...]
 type Weights = tuple[AbstractWeight, ...]
 type Loras = tuple[LoRA | None, ...]
 
-# Rows that keep a GPU busy at 16 a program: below, as in generation, products apart are faster.
+# Below, as in generation, there is too little to read for a kernel to pay.
 _MANY_ROWS = 2048
 _MAKING = contextvars.ContextVar("making_inputs", default=False)
 

@@ -11,7 +11,7 @@ from jaxlora.nn.linear import Linear, project_activated, project_gated, project_
 from jaxlora.nn.pending import Pending
 from jaxlora.nn.vjp import Wanted, hoisted, is_zero, values
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from pallas_kernels.lora_input.functions import PLAIN, Function
+from pallas_kernels.functions import PLAIN, Function
 
 
 class GatedMLP(nnx.Module):

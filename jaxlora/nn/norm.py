@@ -11,7 +11,7 @@ from jaxlora.nn.linear import Linear, spare_columns, widens
 from jaxlora.nn.pending import Pending, fork
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from jaxlora.weights.base import abstract
-from pallas_kernels.lora_input import Function
+from pallas_kernels.functions import Function
 
 # What computes a norm, and of what.
 type Definition = tuple[Function, tuple[Array, ...]]

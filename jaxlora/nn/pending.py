@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
-from pallas_kernels.lora_input import Function
+from pallas_kernels.functions import Function
 from pallas_kernels.norm_gradient import norm_gradient
 
 

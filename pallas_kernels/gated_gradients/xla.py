@@ -21,8 +21,9 @@ def gradients(
     """As `gated_gradients` returns them."""
     h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
     de, dg = pull(dh)
-    return de, dg, *(_outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), _outer(du, h)
+    return de, dg, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)
 
 
-def _outer(a: Float[Array, "N P"], b: Float[Array, "N Q"]) -> Float[Array, "P Q"]:
+def outer(a: Float[Array, "N P"], b: Float[Array, "N Q"]) -> Float[Array, "P Q"]:
+    """aᵀ @ b, accumulated and returned in fp32."""
     return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -10,13 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels._kernel import Case, Kernel
+from pallas_kernels.functions import PLAIN, Function
 from pallas_kernels.lora_input import triton, xla
-from pallas_kernels.lora_input.functions import PLAIN, Function
 from pallas_kernels.lora_swiglu.activations import ACTIVATIONS
 
 _BACKENDS = {"triton": triton, "xla": xla}
-# How many of the inputs are [N, F], and how many [1, F].
-_INPUTS = {"rms_norm": (1, 1), "layer_norm": (1, 2), "plain": (1, 1), "gated": (2, 0)}
 
 
 def lora_input(
@@ -59,7 +57,7 @@ def reference(inputs: Sequence[Array], a: Array, *, function: Function) -> tuple
 
 
 def _check(inputs: Sequence[Array], a: Array, function: Function) -> None:
-    wide, rows = _INPUTS[function.form]
+    wide, rows = function.inputs
     N, F = inputs[0].shape
     expected, got = [(N, F)] * wide + [(1, F)] * rows, [x.shape for x in inputs]
     faults = []
@@ -84,7 +82,7 @@ def _refuses(backend: str, inputs: Any, a: Any, *, function: Function) -> str | 
 
 def _case(dtype: Any, *, rows: int, columns: int, rank: int, function: Function, weight: Any = None) -> Case:
     draw = np.random.default_rng(0)
-    wide, narrow = _INPUTS[function.form]
+    wide, narrow = function.inputs
     inputs = [jnp.asarray(draw.standard_normal((rows, columns)) + 0.5, dtype) for _ in range(wide)]
     inputs += [jnp.asarray(draw.standard_normal((1, columns)), weight or dtype) for _ in range(narrow)]
     a = jnp.asarray(draw.standard_normal((rank, columns)), dtype)

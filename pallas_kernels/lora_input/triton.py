@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _triton, _tuned
+from pallas_kernels.functions import Function
 from pallas_kernels.int4_matmul.triton import block_r
-from pallas_kernels.lora_input.functions import Function
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

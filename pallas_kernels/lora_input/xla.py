@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.lora_input.functions import Function
+from pallas_kernels.functions import Function
 
 
 def refuses(function: Function, x: Array, rank: int) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels._kernel import Case, Kernel
-from pallas_kernels.lora_input.functions import Function
+from pallas_kernels.functions import Function
 from pallas_kernels.norm_gradient import triton, xla
 
 _BACKENDS = {"triton": triton, "xla": xla}
@@ -77,7 +77,7 @@ def _case(dtype: Any, *, rows: int, columns: int, more: int, function: Function,
     def normal(*shape: int, dtype: Any = dtype) -> Array:
         return jnp.asarray(draw.standard_normal(shape), dtype)
 
-    inputs = (normal(rows, columns) + 0.5, *(normal(1, columns, dtype=weight or dtype) for _ in range(1 + (function.form == "layer_norm"))))
+    inputs = (normal(rows, columns) + 0.5, *(normal(1, columns, dtype=weight or dtype) for _ in range(function.inputs[1])))
     arrays = {"inputs": inputs, "dy": normal(rows, columns + more), "past": normal(rows, columns)}
     return Case(arrays=arrays, static={"function": function}, wrt=())
 

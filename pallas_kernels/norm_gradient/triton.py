@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _triton, _tuned
-from pallas_kernels.lora_input.functions import Function
+from pallas_kernels.functions import Function
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.lora_input.functions import Function
+from pallas_kernels.functions import Function
 
 
 def refuses(x: Array) -> str | None:

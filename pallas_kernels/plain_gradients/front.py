@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels._kernel import Case, Kernel
-from pallas_kernels.lora_input.functions import PLAIN
+from pallas_kernels.functions import PLAIN
 from pallas_kernels.plain_gradients import triton, xla
 
 _BACKENDS = {"triton": triton, "xla": xla}

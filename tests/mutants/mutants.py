@@ -101,7 +101,7 @@ MUTANTS = [
         ROPE,
     ),
     Mutant(
-        "pallas_kernels/lora_input/functions.py",
+        "pallas_kernels/functions.py",
         "jnp.square(x32), axis=-1, keepdims=True) + eps)",
         "jnp.square(x32), axis=-1, keepdims=True) + 1e-2)",
         "another epsilon in RMSNorm",

@@ -32,7 +32,7 @@ VISION_MUTANTS = [
     Mutant(
         "jaxlora/data/batches.py", "at_feature + np.argsort(order)", "at_feature + order", "features are not put back in order", QWEN_VL
     ),
-    Mutant("pallas_kernels/lora_input/functions.py", "jax.nn.sigmoid(1.702 * x32)", "jax.nn.sigmoid(x32)", "silu for quick-gelu", QWEN_VL),
+    Mutant("pallas_kernels/functions.py", "jax.nn.sigmoid(1.702 * x32)", "jax.nn.sigmoid(x32)", "silu for quick-gelu", QWEN_VL),
     Mutant(
         "jaxlora/models/mistral3.py",
         "self.merged, D).swapaxes(2, 3)",

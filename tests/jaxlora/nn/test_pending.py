@@ -17,7 +17,7 @@ from jaxlora.train.remat import execution
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
-from pallas_kernels.lora_input import Function
+from pallas_kernels.functions import Function
 from tests.jaxlora import reference
 from tests.jaxlora.models import llava, mllama, qwen_vl, test_parity
 from tests.jaxlora.nn.test_linear import assert_close, normal

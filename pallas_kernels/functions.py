@@ -126,6 +126,11 @@ class Function:
     activation: str = ""
     eps: float = 0.0
 
+    @property
+    def inputs(self) -> tuple[int, int]:
+        """How many of its inputs are [N, F], and how many [1, F]."""
+        return {"rms_norm": (1, 1), "layer_norm": (1, 2), "plain": (1, 1), "gated": (2, 0)}[self.form]
+
     def __call__(self, *inputs: Array) -> Array:
         """Computes it."""
         match self.form:
