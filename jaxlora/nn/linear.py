@@ -1,54 +1,25 @@
-"""The one Linear, and the one custom VJP through which every adapted product goes."""
+"""The one Linear, and how Linears that share their input are multiplied together."""
 
 import contextlib
 import contextvars
-import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.nn.pending import Pending
+from jaxlora.nn.products import Activation, Inputs, gated_rows, identity, makes_input, mlp_rows, named, project_rows
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from jaxlora.weights.base import (
-    AbstractWeight,
-    abstract,
-    beside,
-    contract_last,
-    goes_beside,
-    gradients_beside,
-    input_gradient,
-    join,
-    one_product,
-    outer,
-    product_beside,
-)
+from jaxlora.weights.base import AbstractWeight, abstract, goes_beside
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.functions import Function
 from pallas_kernels.gated_gradients import KERNEL as GRADIENTS
-from pallas_kernels.gated_gradients import gated_gradients
-from pallas_kernels.lora_input import KERNEL as INPUT
-from pallas_kernels.lora_input import lora_input
 from pallas_kernels.lora_swiglu import KERNEL as GATED
-from pallas_kernels.lora_swiglu import gated
 from pallas_kernels.plain_gradients import KERNEL as PLAIN_GRADIENTS
-from pallas_kernels.plain_gradients import plain_gradients
 
-type Activation = Callable[..., Array]
-type Rates = tuple[float, ...]
-# The last: whether kernels make what is multiplied.
-type How = tuple[Activation, Rates, bool]
-type Inputs = tuple[Array, ...]
-type Weights = tuple[AbstractWeight, ...]
-type Loras = tuple[LoRA | None, ...]
-
-# Below, as in generation, there is too little to read for a kernel to pay.
-_MANY_ROWS = 2048
 _MAKING = contextvars.ContextVar("making_inputs", default=False)
 
 
@@ -110,7 +81,7 @@ def project(
     """
     if isinstance(x, Pending):
         return _project_from(x.function, linears, x.inputs, keys, hollow=x.hollow)
-    return _project_from(_identity, linears, (x,), keys)
+    return _project_from(identity, linears, (x,), keys)
 
 
 def project_activated(
@@ -145,8 +116,8 @@ def project_gated(
     x = x.value() if isinstance(x, Pending) else x
     rows = x.reshape(-1, x.shape[-1])
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
-    e, g, h = (y.reshape(*x.shape[:-1], -1) for y in _gated((activation, backend), rows, weights, loras))
-    return (_named(e), _named(g)), jax.lax.stop_gradient(h)
+    e, g, h = (y.reshape(*x.shape[:-1], -1) for y in gated_rows((activation, backend), rows, weights, loras))
+    return (named(e), named(g)), jax.lax.stop_gradient(h)
 
 
 def project_mlp(
@@ -164,7 +135,7 @@ def project_mlp(
     drops = any(linear.lora_dropout and key is not None for linear, key in zip(linears, keys, strict=True))
     if drops or len(loras) < len(linears) or any((linear.bias is None) != gated for linear in first) or not (gated or making):
         return None
-    act, inputs, hollow = (x.function, x.inputs, x.hollow) if isinstance(x, Pending) else (_identity, (x,), None)
+    act, inputs, hollow = (x.function, x.inputs, x.hollow) if isinstance(x, Pending) else (identity, (x,), None)
     rows, weights = tuple(v.reshape(-1, v.shape[-1]) for v in inputs), tuple(_weight(linear) for linear in linears)
     dtype = rows[0].dtype
     bias = None if gated else _bias(first[0], dtype)
@@ -175,7 +146,7 @@ def project_mlp(
     kernel, second = (GRADIENTS, wide) if gated else (PLAIN_GRADIENTS, row)
     if kernel.choose("auto", wide, second, wide, *columns, activation=activation) == "xla":
         return None
-    y = _mlp((act, activation, making), rows, hollow, bias, weights, loras)
+    y = mlp_rows((act, activation, making), rows, hollow, bias, weights, loras)
     return (y if last.bias is None else y + _bias(last, y.dtype)).reshape(*inputs[0].shape[:-1], -1)
 
 
@@ -209,7 +180,7 @@ def _project_from(
         0.0 if key is None or lora is None else linear.lora_dropout for linear, lora, key in zip(linears, loras, keys, strict=True)
     )
     used = tuple(key if rate else None for rate, key in zip(rates, keys, strict=True))
-    ys = _project((act, rates, _MAKING.get()), rows, hollow, weights, loras, used, value)
+    ys = project_rows((act, rates, _MAKING.get()), rows, hollow, weights, loras, used, value)
     biased = (y if linear.bias is None else y + _bias(linear, y.dtype) for y, linear in zip(ys, linears, strict=True))
     return tuple(y.reshape(*leading, y.shape[-1]) for y in biased)
 
@@ -220,29 +191,13 @@ def widens(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: 
         return False
     rows = tuple(v.reshape(-1, v.shape[-1]) for v in inputs)
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
-    return _widens((function, (0.0,), _MAKING.get()), rows, weights, loras)
+    return makes_input((function, (0.0,), _MAKING.get()), rows, weights, loras)
 
 
 def spare_columns(linears: Sequence[Linear]) -> int:
     """The columns that the gradient of these Linears' input has beyond the input's."""
     columns = sum(linear.lora.rank for linear in linears if linear.lora is not None)
     return columns if goes_beside([_weight(linear) for linear in linears], columns) else 0
-
-
-def _widens(how: How, inputs: Inputs, weights: Weights, loras: Loras) -> bool:
-    """Whether a kernel makes act(*inputs) with the adapters' columns beside it, and the products want it so."""
-    act, rates, making = how
-    (rows, width), ranks = inputs[0].shape, [lora.rank for lora in loras if lora is not None]
-    if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < _MANY_ROWS:
-        return False
-    if not (one_product(width, sum(ranks)) and all(w.decoded for w in weights)):
-        return False
-    a = jax.ShapeDtypeStruct((sum(ranks), width), inputs[0].dtype)
-    return INPUT.choose("auto", inputs, a, function=act) != "xla"
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 def _bias(linear: Linear, dtype: Any) -> Float[Array, "1 O"]:
@@ -254,250 +209,3 @@ def _weight(linear: Linear) -> AbstractWeight:
     if linear.weight is None:
         raise ValueError("this Linear is tied to the embedding: multiply by the embedding's table instead")
     return linear.weight.get_value()
-
-
-# Layers of different kinds have Linears of the same shapes: what is jitted here is one function of the program, which all of them call.
-@functools.partial(jax.jit, static_argnums=0)
-def _products(
-    how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None
-) -> tuple[tuple[Array, ...], dict[int, Array]]:
-    """The y_i, and the columns u_i = A_i drop_i(x) of those with an adapter."""
-    act, rates, _ = how
-    if value is None and isinstance(act, Function) and _widens(how, inputs, weights, loras):
-        pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
-        both, columns = lora_input(inputs, _stacked_a(pairs, inputs[0].dtype), function=act)
-        return _wide_ys(both, weights, loras, columns), _kept(dict(enumerate(_split(columns, pairs, axis=1))))
-    x = act(*inputs) if value is None else value
-    # Kept before they are used: a product that is computed again does not need them again.
-    us = _kept(_down(rates, x, loras, keys))
-    return _ys(x, weights, loras, us), us
-
-
-def _kept(us: dict[int, Array]) -> dict[int, Array]:
-    """A few columns a Linear, for which the backward would read x once more."""
-    return {i: checkpoint_name(u, "lora_u") for i, u in us.items()}
-
-
-def _forward(
-    how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
-) -> tuple[Array, ...]:
-    return _products(how, inputs, weights, loras, keys, value)[0]
-
-
-_project = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-
-
-def _project_fwd(
-    how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
-) -> tuple[tuple[Array, ...], Any]:
-    ys, us = _products(how, inputs, weights, loras, keys, value)
-    return ys, (inputs, _marked(hollow), weights, loras, keys, us)
-
-
-def _pulled(act: Activation, inputs: Inputs, hollow: tuple[()] | None) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
-    """act(*inputs) for the backward, and its vector-Jacobian product, for which nobody asks where the gradient goes to a hollow array."""
-    x, pull = jax.vjp(act, *inputs)
-    if hollow is None or not isinstance(act, Function):
-        return x, pull
-    return lora_input(inputs, jnp.zeros((0, x.shape[1]), x.dtype), function=act)[0], pull
-
-
-def _marked(hollow: Array | None) -> tuple[()] | None:
-    """Whether there is one, in the structure of what is saved: the zeros themselves are not to be kept."""
-    return None if hollow is None else ()
-
-
-def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
-    """y_i = W_i x + s_i B_i u_i. All Linears get the same columns u, B_i being zero at the others', so that [x, u] is one array."""
-    if not us:
-        return tuple(_named(w.matmul(x)) for w in weights)
-    columns, bs = _columns(loras, us, x.dtype)
-    if len(us) == len(weights) > 1 and join(weights, x.shape[1], columns.shape[1]):
-        return _wide_ys(beside(x, columns), weights, loras, columns)
-    return tuple(_named(w.matmul(x) if b is None else w.matmul(x, (columns, b))) for w, b in zip(weights, bs, strict=True))
-
-
-def _wide_ys(both: Array, weights: Weights, loras: Loras, columns: Array) -> tuple[Array, ...]:
-    """`_ys` of [x, u], where all Linears have adapters."""
-    bs = [b for b in _padded_b(loras, both.dtype) if b is not None]
-    if len(weights) > 1 and join(weights, both.shape[1] - columns.shape[1], columns.shape[1]):
-        joined = _named(product_beside(weights, both, jnp.concatenate(bs)))
-        return tuple(jnp.split(joined, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1))
-    return tuple(_named(product_beside((w,), both, b)) for w, b in zip(weights, bs, strict=True))
-
-
-def _named(y: Array) -> Array:
-    """A product, for the policies that keep products."""
-    return checkpoint_name(y, "dot")
-
-
-def _columns(loras: Loras, us: dict[int, Array], dtype: Any) -> tuple[Array, list[Array | None]]:
-    """All adapters' columns u [N, R], and each Linear's `_padded_b`."""
-    return jnp.concatenate([us[i] for i in sorted(us)], axis=1), _padded_b(loras, dtype)
-
-
-def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
-    """Each Linear's s·B [O, R], zero at the others' columns; None where there is no adapter."""
-    bs, at, columns = [], 0, sum(lora.rank for lora in loras if lora is not None)
-    for lora in loras:
-        if lora is None:
-            bs.append(None)
-            continue
-        bs.append(jnp.pad(_scaled(lora, dtype), ((0, 0), (at, columns - at - lora.rank))))
-        at += lora.rank
-    return bs
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
-    act, rates, _ = how
-    inputs, hollow, weights, loras, keys, us = residuals
-    x, pull = _pulled(act, inputs, hollow)
-    pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
-    plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    wide, du, dus = _plain_gradients(weights, loras, plain, dys)
-    dx = wide[:, : x.shape[1]]
-    das = {} if du is None else dict(zip(plain, _split(outer(du, x), plain, axis=0), strict=True))
-    for i in pairs.keys() - plain.keys():
-        kept = _keep(keys[i], rates[i], x)
-        dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
-        das[i] = outer(dus[i], x * kept)
-    dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], outer(dys[i], us[i])) for i, lora in enumerate(loras))
-    dinputs, dhollow = (pull(dx), None) if hollow is None else (None, wide)
-    return dinputs, dhollow, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
-
-
-_project.defvjp(_project_fwd, _project_bwd)
-
-
-def _plain_gradients(
-    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs
-) -> tuple[Array, Array | None, dict[int, Array]]:
-    """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone).
-
-    dx has `spare_columns` behind its own.
-    """
-    dtype = dys[0].dtype
-    bs = [b for b in _padded_b(loras, dtype) if b is not None]
-    if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
-        return *gradients_beside(dys, weights, bs, _stacked_a(plain, dtype)), {}
-    dus = {i: dys[i] @ _scaled(lora, dtype) for i, lora in enumerate(loras) if lora is not None}
-    # The undropped A of the group enter dx, and are differentiated, as one product.
-    du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
-    return input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, dtype))), du, dus
-
-
-def _mlp_forward(
-    how: tuple[Activation, str, bool], inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
-) -> Array:
-    return _mlp_fwd(how, inputs, hollow, bias, weights, loras)[0]
-
-
-_mlp = jax.custom_vjp(_mlp_forward, nondiff_argnums=(0,))
-
-
-def _mlp_fwd(
-    how: tuple[Activation, str, bool], inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
-) -> tuple[Array, Any]:
-    into, activation, making = how
-    alone = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
-    ys, us = _products((into, alone[0], making), inputs, weights[:-1], loras[:-1], alone[1], None)
-    act, wide = _activation(activation, ys, bias)
-    (y,), down_us = _products((act, (0.0,), making), wide, weights[-1:], loras[-1:], (None,), None)
-    return y, (inputs, _marked(hollow), ys, bias, us, down_us[0], weights, loras)
-
-
-def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Function, Inputs]:
-    """What makes h, and of what."""
-    return (Function("gated", activation), ys) if bias is None else (Function("plain", activation), (*ys, bias))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tuple[Any, ...]:
-    into, activation, _ = how
-    inputs, hollow, ys, bias, us, down_u, weights, loras = residuals
-    down = loras[-1]
-    du = dy @ _scaled(down, dy.dtype)
-    dh = input_gradient(weights[-1:], (dy,), (du, down.a.astype(dy.dtype)))
-    if bias is None:
-        e, g = ys
-        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, activation=activation)
-        dbs = [db_gate, db_up]
-    else:
-        (e,) = ys
-        *dys, db, da = plain_gradients(e, bias, dh, us[0], du, activation=activation)
-        dbs = [db]
-    pairs = dict(enumerate(loras[:-1]))
-    dx, both, _ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys))
-    assert both is not None
-    x, pull = _pulled(into, inputs, hollow)
-    das = _split(outer(both, x), pairs, axis=0)
-    dloras = [_pair_gradient(lora, da, db) for lora, da, db in zip(pairs.values(), das, dbs, strict=True)]
-    # Only where a weight is trained is h computed once more.
-    act, wide = _activation(activation, ys, bias)
-    dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, (*((x, each) for each in dys), (act(*wide), dy)), strict=True))
-    dbias = None if bias is None else dys[0].astype(jnp.float32).sum(0, keepdims=True).astype(bias.dtype)
-    dinputs, dhollow = (pull(dx[:, : x.shape[1]]), None) if hollow is None else (None, dx)
-    return dinputs, dhollow, dbias, dweights, (*dloras, _pair_gradient(down, da, outer(dy, down_u)))
-
-
-_mlp.defvjp(_mlp_fwd, _mlp_bwd)
-
-
-def _gated_forward(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -> tuple[Array, Array, Array]:
-    return _gated_fwd(how, x, weights, loras)[0]
-
-
-_gated = jax.custom_vjp(_gated_forward, nondiff_argnums=(0,))
-
-
-def _gated_fwd(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -> tuple[tuple[Array, Array, Array], Any]:
-    activation, backend = how
-    us = {i: checkpoint_name(u, "lora_u") for i, u in _down((0.0, 0.0), x, loras, None).items()}
-    columns, bs = _columns(loras, us, x.dtype) if us else (None, [])
-    update: Any = (columns, *bs) if us else None
-    gate, up = (w.packed() for w in weights)
-    assert gate is not None and up is not None
-    h, e, g = gated(x, gate, up, update, activation=activation, backend=backend)
-    return (e, g, h), ((x,), None, weights, loras, (None, None), us)
-
-
-def _gated_bwd(how: tuple[str, str], residuals: Any, cotangents: tuple[Array, Array, Array]) -> tuple[Any, ...]:
-    (dx,), _, dweights, dloras, _, _ = _project_bwd((_identity, (0.0, 0.0), False), residuals, cotangents[:2])
-    return dx, dweights, dloras
-
-
-_gated.defvjp(_gated_fwd, _gated_bwd)
-
-
-def _down(rates: Rates, x: Array, loras: Loras, keys: Any) -> dict[int, Array]:
-    """u_i = A_i drop_i(x) [N, R_i] of each adapted Linear; the undropped ones as one product."""
-    plain = {i: lora for i, lora in enumerate(loras) if lora is not None and not rates[i]}
-    us = dict(zip(plain, _split(contract_last(x, _stacked_a(plain, x.dtype)), plain, axis=1), strict=True)) if plain else {}
-    for i, lora in enumerate(loras):
-        if lora is not None and rates[i]:
-            us[i] = contract_last(x * _keep(keys[i], rates[i], x), lora.a.astype(x.dtype))
-    return us
-
-
-def _scaled(lora: LoRA, dtype: Any) -> Array:
-    """s·B, scaled in fp32 and rounded once."""
-    return (lora.scale * lora.b).astype(dtype)
-
-
-def _stacked_a(loras: Mapping[int, LoRA], dtype: Any) -> Array:
-    return jnp.concatenate([lora.a for lora in loras.values()]).astype(dtype)
-
-
-def _split(stacked: Array, loras: Mapping[int, LoRA], *, axis: int) -> list[Array]:
-    return jnp.split(stacked, list(itertools.accumulate(lora.rank for lora in loras.values()))[:-1], axis=axis)
-
-
-def _pair_gradient(lora: LoRA, da: Array, db: Array) -> LoRA:
-    """Of the sums over the rows da = duᵀ x and db = dyᵀ u."""
-    return LoRA(da.astype(lora.a.dtype), (lora.scale * db).astype(lora.b.dtype), jnp.zeros_like(lora.scale))
-
-
-def _keep(key: PRNGKeyArray, rate: float, x: Array) -> Array:
-    """1 / (1 - rate) where an element is kept, else 0."""
-    return jax.random.bernoulli(key, 1 - rate, x.shape).astype(x.dtype) / (1 - rate)

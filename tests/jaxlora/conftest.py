@@ -6,15 +6,16 @@ import pytest
 
 from jaxlora.nn import linear as linear_module
 from jaxlora.nn import pending as pending_module
+from jaxlora.nn import products as products_module
 from jaxlora.weights import base as base_module
 
 KERNELS = {
-    "lora_input": (linear_module, "INPUT"),
-    "gated_gradients": (linear_module, "GRADIENTS"),
-    "plain_gradients": (linear_module, "PLAIN_GRADIENTS"),
+    "lora_input": (products_module, (products_module, "INPUT")),
+    "gated_gradients": (products_module, (linear_module, "GRADIENTS")),
+    "plain_gradients": (products_module, (linear_module, "PLAIN_GRADIENTS")),
     "norm_gradient": (pending_module, None),
 }
-TRACES = linear_module._products, linear_module._project_bwd, linear_module._mlp_bwd, pending_module._fork_bwd
+TRACES = products_module._products, products_module._project_bwd, products_module._mlp_bwd, pending_module._fork_bwd
 
 
 @pytest.fixture
@@ -38,12 +39,12 @@ def in_one_pass(monkeypatch):
             module, record = KERNELS[name]
             monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
             if record is not None:
-                kernel = getattr(module, record)
-                monkeypatch.setattr(module, record, dataclasses.replace(kernel, refuses=lambda name, *_, **__: None))
+                kernel = getattr(*record)
+                monkeypatch.setattr(*record, dataclasses.replace(kernel, refuses=lambda name, *_, **__: None))
         if "lora_input" in names:
-            for module in (base_module, linear_module):
+            for module in (base_module, products_module):
                 monkeypatch.setattr(module, "one_product", lambda width, columns: True)
-            monkeypatch.setattr(linear_module, "_MANY_ROWS", 1)
+            monkeypatch.setattr(products_module, "_MANY_ROWS", 1)
         return ran
 
     def forget():

@@ -31,17 +31,17 @@ KERNEL_MUTANTS = [
         REFERENCE,
     ),
     Mutant(
-        "jaxlora/nn/linear.py", "residuals, cotangents[:2])", "residuals, cotangents[1::-1])", "gradients of gate and up swapped", GATED
+        "jaxlora/nn/products.py", "residuals, cotangents[:2])", "residuals, cotangents[1::-1])", "gradients of gate and up swapped", GATED
     ),
     Mutant(
-        "jaxlora/nn/linear.py",
+        "jaxlora/nn/products.py",
         "gated_gradients(e, g, dh, us[0], us[1], du",
         "gated_gradients(e, g, dh, us[1], us[0], du",
         "gate's B gets the sums over up's columns",
         GATED,
     ),
     Mutant(
-        "jaxlora/nn/linear.py",
+        "jaxlora/nn/products.py",
         "du = dy @ _scaled(down, dy.dtype)",
         "du = dy @ down.b.astype(dy.dtype)",
         "down's A without its scale",

@@ -26,14 +26,14 @@ LAYER_MUTANTS = [
     ),
     Mutant("jaxlora/nn/pending.py", "dy, past.reshape", "dy, 0 * past.reshape", "what comes past a norm is lost", PENDING),
     Mutant(
-        "jaxlora/nn/linear.py",
+        "jaxlora/nn/products.py",
         "us = _kept(_down(rates, x, loras, keys))",
         "us = _down(rates, x, loras, keys)",
         "adapters' columns are computed again",
         "tests/jaxlora/nn/test_linear.py",
     ),
-    Mutant("jaxlora/nn/linear.py", "else (None, wide)", "else (None, 0 * wide)", "what comes through a pending norm is lost", PENDING),
-    Mutant("jaxlora/nn/linear.py", "else (None, dx)", "else (None, 0 * dx)", "what comes through an MLP's norm is lost", PENDING),
+    Mutant("jaxlora/nn/products.py", "else (None, wide)", "else (None, 0 * wide)", "what comes through a pending norm is lost", PENDING),
+    Mutant("jaxlora/nn/products.py", "else (None, dx)", "else (None, 0 * dx)", "what comes through an MLP's norm is lost", PENDING),
     Mutant(
         "jaxlora/nn/linear.py",
         "if keys and any(linear.lora_dropout for linear in linears):",

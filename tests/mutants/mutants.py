@@ -54,29 +54,29 @@ MUTANTS = [
     Mutant("jaxlora/adapt.py", "bound = 1 / math.sqrt(shape[1])", "bound = 1 / shape[1]", "A drawn from U(1/in)", INIT),
     Mutant("jaxlora/adapt.py", "jax.random.normal(key, shape) / shape[0]", "jax.random.normal(key, shape)", "gaussian A without 1/r", INIT),
     Mutant(
-        "jaxlora/nn/linear.py",
+        "jaxlora/nn/products.py",
         "dys[i] @ _scaled(lora, dtype)",
         "dys[i] @ lora.b.astype(dtype)",
         "the scale is missing from dx and dA",
         LINEAR,
     ),
-    Mutant("jaxlora/nn/linear.py", "(lora.scale * db)", "db", "the scale is missing from dB", LINEAR),
+    Mutant("jaxlora/nn/products.py", "(lora.scale * db)", "db", "the scale is missing from dB", LINEAR),
     Mutant(
-        "jaxlora/nn/linear.py",
+        "jaxlora/nn/products.py",
         "((0, 0), (at, columns - at - lora.rank))",
         "((0, 0), (columns - at - lora.rank, at))",
         "a group's B meets another Linear's u",
         LINEAR,
     ),
-    Mutant("jaxlora/nn/linear.py", "outer(dus[i], x * kept)", "outer(dus[i], x)", "dA ignores the dropout mask", LINEAR),
+    Mutant("jaxlora/nn/products.py", "outer(dus[i], x * kept)", "outer(dus[i], x)", "dA ignores the dropout mask", LINEAR),
     Mutant(
-        "jaxlora/nn/linear.py",
+        "jaxlora/nn/products.py",
         "        kept = _keep(keys[i], rates[i], x)",
         "        kept = _keep(jax.random.fold_in(keys[i], 1), rates[i], x)",
         "another dropout mask in the backward",
         LINEAR,
     ),
-    Mutant("jaxlora/nn/linear.py", ".astype(x.dtype) / (1 - rate)", ".astype(x.dtype)", "dropout keeps no expectation", LINEAR),
+    Mutant("jaxlora/nn/products.py", ".astype(x.dtype) / (1 - rate)", ".astype(x.dtype)", "dropout keeps no expectation", LINEAR),
     # norms, rope, attention
     Mutant("jaxlora/nn/rope.py", "1.0 / rope.theta **", "1.0 / (2 * rope.theta) **", "another rope theta", ROPE),
     Mutant(
@@ -157,7 +157,7 @@ MUTANTS = [
         "jaxlora/nn/attention.py", "visible = columns <= last", "visible = columns < last", "decoding does not see its own token", GENERATE
     ),
     # the step
-    Mutant("jaxlora/nn/linear.py", "(pull(dx), None)", "(pull(x), None)", "an activation's gradient of its value", LINEAR),
+    Mutant("jaxlora/nn/products.py", "(pull(dx), None)", "(pull(x), None)", "an activation's gradient of its value", LINEAR),
     Mutant("jaxlora/weights/base.py", "part + total, parts", "total, parts", "the gradient by the first of a group alone", LINEAR),
     Mutant("jaxlora/weights/base.py", "beside(*dys, *u)", "beside(*u, *dys)", "columns swapped", FORMATS),
     Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", CUDNN),

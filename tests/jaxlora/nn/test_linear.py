@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlora.nn import linear as linear_module
+from jaxlora.nn import products as products_module
 from jaxlora.nn.linear import Linear, project, project_activated
 from jaxlora.weights import base
 from jaxlora.weights.dense import Dense
@@ -98,7 +98,7 @@ def test_gradients_of_adapters_and_input_are_the_formulas_over_packed_weights(we
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Products as GPUs have them, in traces that no other test gets and that come from none."""
-    traces = linear_module._products, linear_module._project_bwd
+    traces = products_module._products, products_module._project_bwd
     for trace in traces:
         trace.clear_cache()
     monkeypatch.setattr(base, "one_product", lambda width, columns: True)
@@ -111,7 +111,7 @@ def on_a_gpu(monkeypatch):
 def test_gradients_are_the_formulas_where_du_is_part_of_a_wide_product(monkeypatch, on_a_gpu, width, beside):
     """Outputs of 44 in all."""
     found = []
-    monkeypatch.setattr(linear_module, "gradients_beside", lambda *args: found.append(1) or base.gradients_beside(*args))
+    monkeypatch.setattr(products_module, "gradients_beside", lambda *args: found.append(1) or base.gradients_beside(*args))
     ranks = (4, 2, 3) if beside else RANKS
     linears, x = [make(i, rank=rank, width=width) for i, rank in enumerate(ranks)], normal(0, 5, width)
     assert_close(gradients(project, linears, x), gradients(formula, linears, x))
@@ -122,7 +122,7 @@ def test_gradients_are_the_formulas_where_du_is_part_of_a_wide_product(monkeypat
 def test_adapted_codes_of_one_input_are_one_product_on_a_gpu(monkeypatch, on_a_gpu, weight, ranks, joined):
     """Outputs of 44 in all from 64 columns."""
     found = []
-    monkeypatch.setattr(linear_module, "product_beside", lambda *args: found.append(len(args[0])) or base.product_beside(*args))
+    monkeypatch.setattr(products_module, "product_beside", lambda *args: found.append(len(args[0])) or base.product_beside(*args))
     linears, x = [make(i, rank=rank, weight=weight, width=64) for i, rank in enumerate(ranks)], normal(0, 5, 64)
     assert_close(jitted(project, linears, x), jitted(formula, linears, x))
     (ours, dx), (theirs, dx_theirs) = gradients(project, linears, x), gradients(formula, linears, x)

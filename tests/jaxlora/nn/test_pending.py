@@ -115,7 +115,7 @@ def test_a_norm_is_computed_apart_for_others(reason, in_one_pass, made, monkeypa
     norm.weight.set_value(jnp.ones(64))
     in_one_pass("lora_input", "norm_gradient")
     if reason == "few rows":
-        monkeypatch.setattr("jaxlora.nn.linear._MANY_ROWS", 6)
+        monkeypatch.setattr("jaxlora.nn.products._MANY_ROWS", 6)
     _, normed = branch(norm, normal(0, 5, 64), linears, {"q_proj": jax.random.key(0)} if reason == "dropout" else None)
     assert not isinstance(normed, Pending)
 
