@@ -29,16 +29,16 @@ def device_code() -> Any:
 
 def call(
     kernel: Any,
-    *arrays: Any,
+    *arguments: Any,
     out: Any,
     grid: tuple[int, ...],
     config: Mapping[str, int],
     in_place: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> Any:
-    """Launches a ``@triton.jit`` kernel whose pointers are the arrays and then the outputs; ``config`` has its blocks, warps and stages.
+    """Launches a ``@triton.jit`` kernel of the arguments and then the outputs; an int may differ without another compilation.
 
-    ``in_place`` says which arrays' buffers become which outputs', by position.
+    ``config`` has its blocks, warps and stages; ``in_place`` says which arguments' buffers become which outputs', by position.
     """
     import jax_triton  # pyright: ignore[reportMissingImports]
 
@@ -48,4 +48,4 @@ def call(
     assert capability is not None, "refuses() lets no call come here without one"
     # Else jax-triton asks the first GPU, and nothing could be lowered for one that is not here.
     how: Any = {"compute_capability": 10 * capability[0] + capability[1], "input_output_aliases": dict(in_place or {})}
-    return jax_triton.triton_call(*arrays, kernel=kernel, grid=grid, **how, **shapes, **constants, **config)
+    return jax_triton.triton_call(*arguments, kernel=kernel, grid=grid, **how, **shapes, **constants, **config)

@@ -277,18 +277,26 @@ def activated_input(
 
 
 @triton.jit
+def row_starts(rows, width, ALIGNED: tl.constexpr):
+    """Where these rows of an array of that width begin. The width is no constant, so that one kernel serves them all."""
+    if ALIGNED:
+        width = tl.multiple_of(width, 16)
+    return rows[:, None].to(tl.int64) * width
+
+
+@triton.jit
 def normed_input(
-    x, weight, bias, both,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
+    x, weight, bias, width, both,
+    M: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """both [M, N + R] = [h, 0] of h = weight · x / rms(x), or weight · (x - mean) / std + bias where ``CENTRED``; a row is one block.
+    """both [M, width] = [h, 0] of h = weight · x / rms(x), or weight · (x - mean) / std + bias where ``CENTRED``; a row is one block.
 
     As XLA has it, the quotient is rounded to the weight's dtype before it is scaled, where it is not centred.
     """
-    rows, columns, ranks = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    rows, columns, spare = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), N + tl.arange(0, BLOCK_R)
     row_kept, column_kept = rows < M, columns < N
-    kept, at, to = row_kept[:, None] & column_kept[None], rows[:, None].to(tl.int64) * N, rows[:, None].to(tl.int64) * (N + R)
+    kept, at, to = row_kept[:, None] & column_kept[None], rows[:, None].to(tl.int64) * N, row_starts(rows, width, ALIGNED)
     dtype: tl.constexpr = x.dtype.element_ty
     value = tl.load(x + at + columns[None], mask=kept, other=0.0).to(tl.float32)
     scale = tl.load(weight + columns, mask=column_kept, other=0.0)
@@ -300,23 +308,23 @@ def normed_input(
     else:
         h = (normed.to(scale.dtype) * scale[None]).to(dtype)
     tl.store(both + to + columns[None], h, mask=kept)
-    tl.store(both + to + N + ranks[None], tl.zeros((BLOCK_M, BLOCK_R), dtype), mask=row_kept[:, None] & (ranks < R)[None])
+    tl.store(both + to + spare[None], tl.zeros((BLOCK_M, BLOCK_R), dtype), mask=row_kept[:, None] & (spare < width)[None])
 
 
 @triton.jit
 def norm_gradient(
-    x, weight, dy, past, dx,
-    M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
+    x, weight, dy, past, width, dx,
+    M: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx [M, N] = past + (g - n · mean(g · n)) / rms(x), n = x / rms(x), g = weight · dy; ``CENTRED``: n = (x - mean) / std, less mean(g).
 
-    dy [M, C] has N columns that count; a row is one block.
+    dy [M, width] has N columns that count; a row is one block.
     """
     rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     kept, at = (rows < M)[:, None] & (columns < N)[None], rows[:, None].to(tl.int64) * N + columns[None]
     value = tl.load(x + at, mask=kept, other=0.0).to(tl.float32)
-    g = tl.load(dy + rows[:, None].to(tl.int64) * C + columns[None], mask=kept, other=0.0).to(tl.float32)
+    g = tl.load(dy + row_starts(rows, width, ALIGNED) + columns[None], mask=kept, other=0.0).to(tl.float32)
     g *= tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)[None]
     if CENTRED:
         value = tl.where(kept, value - (tl.sum(value, axis=1) / N)[:, None], 0.0)

@@ -11,6 +11,8 @@ from pallas_kernels import _triton, _tuned
 from pallas_kernels.functions import Function
 from pallas_kernels.int4_matmul.triton import block_r
 
+_MOST_COLUMNS = 128
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -41,8 +43,8 @@ def refuses(function: Function, x: Array, rank: int) -> str | None:
         return "makes activations for adapters alone"
     if x.dtype != jnp.bfloat16:
         return f"needs bfloat16, got {x.dtype}"
-    if rank > 128:
-        return f"holds sums of up to 128 columns, got {rank}"
+    if rank > _MOST_COLUMNS:
+        return f"holds sums of up to {_MOST_COLUMNS} columns, got {rank}"
     return _triton.refuses()
 
 
@@ -53,7 +55,6 @@ def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"])
     config = dataclasses.asdict(_tuned.config("lora_input", "triton", kind, (rows, width, rank)))
     splits, norm_rows = config.pop("SPLITS"), config.pop("NORM_ROWS")
     both = jax.ShapeDtypeStruct((rows, width + rank), a.dtype)
-    sizes = {"M": rows, "N": width, "R": rank, "BLOCK_R": block_r(rank)}
     if function.form in ("plain", "gated"):
         both, parts = _triton.call(
             _triton.device_code().activated_input,
@@ -61,7 +62,7 @@ def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"])
             out=(both, jax.ShapeDtypeStruct((splits, rows, rank), jnp.float32)),
             grid=(-(-rows // config["BLOCK_M"]) * splits,),
             config=config,
-            **sizes,
+            **{"M": rows, "N": width, "R": rank, "BLOCK_R": block_r(rank)},
             **{"COLUMNS": -(-width // (splits * config["BLOCK_N"])) * config["BLOCK_N"]},
             **{"GATED": function.form == "gated", "ACTIVATION": function.activation},
         )
@@ -71,10 +72,11 @@ def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"])
             _triton.device_code().normed_input,
             # rms_norm reads no bias.
             *(*inputs, inputs[1])[:3],
+            both.shape[1],
             out=both,
             grid=(-(-rows // norm_rows),),
             config={**config, "BLOCK_M": norm_rows, "BLOCK_N": 1 << (width - 1).bit_length()},
-            **sizes,
+            **{"M": rows, "N": width, "BLOCK_R": _MOST_COLUMNS, "ALIGNED": both.shape[1] % 16 == 0},
             **{"CENTRED": function.form == "layer_norm", "EPS": function.eps},
         )
         if rank == 0:

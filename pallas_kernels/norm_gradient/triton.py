@@ -31,9 +31,10 @@ def gradient(function: Function, inputs: Sequence[Array], dy: Float[Array, "N C"
     config = dataclasses.asdict(_tuned.config("norm_gradient", "triton", Config, x.shape))
     return _triton.call(
         _triton.device_code().norm_gradient,
-        *(x, weight, dy, past),
+        *(x, weight, dy, past, dy.shape[1]),
         out=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(-(-x.shape[0] // config["BLOCK_M"]),),
         config={**config, "BLOCK_N": 1 << (x.shape[1] - 1).bit_length()},
-        **{"M": x.shape[0], "N": x.shape[1], "C": dy.shape[1], "CENTRED": function.form == "layer_norm", "EPS": function.eps},
+        **{"M": x.shape[0], "N": x.shape[1], "ALIGNED": dy.shape[1] % 16 == 0},
+        **{"CENTRED": function.form == "layer_norm", "EPS": function.eps},
     )

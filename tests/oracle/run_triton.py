@@ -1,7 +1,8 @@
 """Runs the Triton kernels of pallas_kernels/triton_code.py in Triton's interpreter, on a CPU: ``run_triton.py CALLS.npz RESULTS.npz``.
 
-CALLS.npz has, for each call, ``<call>/<argument>`` in the order of the kernel's pointers and ``<call>`` itself: a JSON of the kernel's
-name, its constants, the number of programs and the shapes of its outputs, which start as NaN so that what is not written shows.
+CALLS.npz has, for each call, ``<call>/<argument>`` in the order of the kernel's arguments and ``<call>`` itself: a JSON of the kernel's
+name, its constants, the numbers of arguments and of programs and the shapes of its outputs, which start as NaN so that what is not
+written shows.
 """
 
 import importlib.util
@@ -26,9 +27,10 @@ def main(calls: str, results: str) -> None:
     with np.load(calls) as file:
         for name in (name for name in file.files if "/" not in name):
             call = json.loads(str(file[name]))
-            arrays = [torch.from_numpy(file[f"{name}/{i}"].copy()) for i in range(call["arrays"])]
+            given = [file[f"{name}/{i}"] for i in range(call["arguments"])]
+            arguments = [torch.from_numpy(value.copy()) if value.ndim else value.item() for value in given]
             outputs = [torch.full(shape, float("nan")) for shape in call["outputs"]]
-            getattr(code, call["kernel"])[(call["programs"],)](*arrays, *outputs, **call["constants"])
+            getattr(code, call["kernel"])[(call["programs"],)](*arguments, *outputs, **call["constants"])
             made |= {f"{name}/{i}": out.numpy() for i, out in enumerate(outputs)}
     np.savez(results, **made)
 

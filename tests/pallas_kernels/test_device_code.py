@@ -85,17 +85,17 @@ def recorded(name, case, calls):
     """What the Triton backend would launch for a case, on fp32 arrays (the interpreter multiplies no bf16)."""
     launched = {}
 
-    def record(kernel, *arrays, out, grid, config, in_place=None, **constants):
+    def record(kernel, *arguments, out, grid, config, in_place=None, **constants):
         outputs = jax.tree.leaves(out)
-        launched.update(kernel=kernel, arrays=arrays, outputs=outputs, programs=grid[0], constants={**config, **constants})
+        launched.update(kernel=kernel, arguments=arguments, outputs=outputs, programs=grid[0], constants={**config, **constants})
         return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), out)
 
     calls(record)
     constants = {k: v for k, v in launched["constants"].items() if k not in ("num_warps", "num_stages")}
     outputs = [shape.shape for shape in launched["outputs"]]
     call = {"kernel": launched["kernel"], "constants": constants, "programs": launched["programs"], "outputs": outputs}
-    arrays = [np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a) for a in launched["arrays"]]
-    return {name: json.dumps({**call, "arrays": len(arrays)}), **{f"{name}/{i}": a for i, a in enumerate(arrays)}}
+    arguments = [np.asarray(a.astype(jnp.float32) if getattr(a, "dtype", None) == jnp.bfloat16 else a) for a in launched["arguments"]]
+    return {name: json.dumps({**call, "arguments": len(arguments)}), **{f"{name}/{i}": a for i, a in enumerate(arguments)}}
 
 
 def interpreted(names, monkeypatch, tmp_path):
