@@ -9,7 +9,7 @@ from jaxlora.nn.attention import LayerInputs, Shared, Vision
 from jaxlora.nn.decoder import DecoderConfig
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import SwiGLU, by_tiles
-from jaxlora.nn.norm import RMSNorm, residual
+from jaxlora.nn.norm import RMSNorm, add, residual
 from jaxlora.nn.tiles import gate
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import abstract
@@ -71,4 +71,4 @@ class CrossLayer(nnx.Module):
         x = residual(x, gate(self.cross_attn_attn_gate, x.dtype) * attended)
         y = by_tiles(lambda h: self.mlp(self.post_attention_layernorm(h), layer.keys), x, None if layer.keys else shared.mlp_tile)
         y = jnp.where((vision.lengths > 0)[..., None], y, jnp.zeros((), y.dtype))
-        return x + gate(self.cross_attn_mlp_gate, x.dtype) * y, None if shared.column is None else cache
+        return add(x, gate(self.cross_attn_mlp_gate, x.dtype) * y), None if shared.column is None else cache

@@ -15,7 +15,7 @@ from jaxlora.nn.attention import Attention, AttentionConfig, LayerInputs, Segmen
 from jaxlora.nn.embed import Embed, features_at
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.mlp import GeGLU, SwiGLU, by_tiles
-from jaxlora.nn.norm import CentredRMSNorm, RMSNorm, branch, residual
+from jaxlora.nn.norm import CentredRMSNorm, RMSNorm, add, branch, residual
 from jaxlora.nn.scan import Scan
 from jaxlora.nn.stack import Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
@@ -117,7 +117,7 @@ class DecoderLayer(nnx.Module):
 
         def mlp(h: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
             h, normed = branch(self.post_attention_layernorm, h, self.mlp.inputs, layer.keys)
-            return h + self.mlp(normed, layer.keys)
+            return add(h, self.mlp(normed, layer.keys))
 
         return by_tiles(mlp, residual(x, attended), _tile(shared, layer)), cache
 
@@ -153,7 +153,7 @@ class SandwichLayer(nnx.Module):
 
         def mlp(h: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
             h, normed = branch(self.pre_feedforward_layernorm, h, self.mlp.inputs, layer.keys)
-            return h + self.post_feedforward_layernorm(self.mlp(normed, layer.keys))
+            return add(h, self.post_feedforward_layernorm(self.mlp(normed, layer.keys)))
 
         return by_tiles(mlp, residual(x, self.post_attention_layernorm(attended)), _tile(shared, layer)), cache
 

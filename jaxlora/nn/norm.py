@@ -88,7 +88,13 @@ def branch(
 
 def residual(x: Float[Array, "*N D"], added: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
     """x + added in the middle of a block, for the policies that keep it: what was added is then not needed again."""
-    return checkpoint_name(x + added, "residual")
+    return checkpoint_name(add(x, added), "residual")
+
+
+def add(x: Float[Array, "*N D"], added: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    """x + added. As rows, which is how products make them: a product that XLA turns to another shape adds to a copy of x."""
+    width = x.shape[-1]
+    return (x.reshape(-1, width) + added.reshape(-1, width)).reshape(x.shape)
 
 
 def _row(param: nnx.Param[Any], like: Array) -> Array:

@@ -16,7 +16,7 @@ from jaxlora.nn.attention import LayerInputs, Shared, kept_heads
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import SwiGLU
-from jaxlora.nn.norm import RMSNorm, branch, residual
+from jaxlora.nn.norm import RMSNorm, add, branch, residual
 from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack
 from jaxlora.nn.vision import PatchProjection
@@ -104,7 +104,7 @@ class PixtralLayer(nnx.Module):
         x, normed = branch(self.attention_norm, x, self.attention.inputs, keys)
         x = residual(x, self.attention(normed, shared, keys))
         x, normed = branch(self.ffn_norm, x, self.feed_forward.inputs, keys)
-        return x + self.feed_forward(normed, keys), None
+        return add(x, self.feed_forward(normed, keys)), None
 
 
 class PixtralTransformer(nnx.Module):

@@ -13,7 +13,7 @@ from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import Embed
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import PlainMLP
-from jaxlora.nn.norm import LayerNorm, branch, residual
+from jaxlora.nn.norm import LayerNorm, add, branch, residual
 from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
@@ -131,7 +131,7 @@ class SiglipLayer(nnx.Module):
         x, normed = branch(self.layer_norm1, x, self.self_attn.inputs, keys)
         x = residual(x, self.self_attn(normed, shared, keys))
         x, normed = branch(self.layer_norm2, x, self.mlp.inputs, keys)
-        return x + self.mlp(normed, keys), None
+        return add(x, self.mlp(normed, keys)), None
 
 
 class SiglipEncoder(nnx.Module):

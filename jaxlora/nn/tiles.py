@@ -20,7 +20,7 @@ from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import Embed
 from jaxlora.nn.linear import Linear, project
 from jaxlora.nn.mlp import PlainMLP
-from jaxlora.nn.norm import LayerNorm, branch, residual
+from jaxlora.nn.norm import LayerNorm, add, branch, residual
 from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack
 from jaxlora.nn.vision import PatchProjection
@@ -175,7 +175,7 @@ class TilesLayer(nnx.Module):
         x = residual(x, attended if self.gate_attn is None else gate(self.gate_attn, x.dtype) * attended)
         x, normed = branch(self.post_attention_layernorm, x, self.mlp.inputs, keys)
         y = self.mlp(normed, keys)
-        return x + (y if self.gate_ffn is None else gate(self.gate_ffn, x.dtype) * y), None
+        return add(x, y if self.gate_ffn is None else gate(self.gate_ffn, x.dtype) * y), None
 
 
 class TilesEncoder(nnx.Module):

@@ -16,7 +16,7 @@ from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import features_at
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.mlp import two_linears
-from jaxlora.nn.norm import branch, residual
+from jaxlora.nn.norm import add, branch, residual
 from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack, fold_path
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
@@ -157,7 +157,7 @@ class VisionBlock(nnx.Module):
         x, normed = branch(self.norm1, x, self.attn.inputs, keys)
         x = residual(x, self.attn(normed, shared, keys))
         x, normed = branch(self.norm2, x, self.mlp.inputs, keys)
-        return x + self.mlp(normed, keys), None
+        return add(x, self.mlp(normed, keys)), None
 
 
 class PatchMerger(nnx.Module):
