@@ -9,6 +9,7 @@ What segments and causality do not say (an interval for each query, tokens that 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -123,8 +124,8 @@ def attention_backward(
 
 @functools.cache
 def check_packing() -> None:
-    """Compares cuDNN with "xla" on two rows of 128 tokens, in two segments and as one document, forward and backward; costs a second or
-    two, once a process.
+    """Compares cuDNN with "xla" on two rows of 128 tokens, in two segments and as one document, forward and backward; costs seconds, once
+    a process, and less where the compilation cache has the program.
 
     Raises:
       RuntimeError: they differ, so this cuDNN or JAX reads the offsets differently.
@@ -132,7 +133,8 @@ def check_packing() -> None:
     # The caller may be inside a trace; the check needs values.
     with jax.ensure_compile_time_eval():
         errors = packing_errors(attention_forward, attention_backward)
-    if not max(errors.values()) < 2e-2:
+    # Not by max(), which may drop a NaN.
+    if not all(error < 2e-2 for error in errors.values()):
         raise RuntimeError(
             f"packed cuDNN attention differs from the blockwise path by {errors} (relative), where bfloat16 explains 0.01; "
             "this version of cuDNN or JAX reads segment offsets differently. Pass backend='xla' until it is fixed"
@@ -145,22 +147,28 @@ def packing_errors(forward: Any, backward: Any) -> dict[str, float]:
     """
     spec = Spec(causal=True, scale=0.125)
     draw = np.random.default_rng(0)
-    q, k, v, dout = (jnp.asarray(draw.standard_normal((2, 128, 2, 64)), jnp.bfloat16) for _ in range(4))
+    arrays = [jnp.asarray(draw.standard_normal((2, 128, 2, 64)), jnp.bfloat16) for _ in range(4)]
     packed = (jnp.array([[0, 48, 0], [0, 80, 0]], jnp.int32), jnp.array([[48, 80, 0], [80, 40, 0]], jnp.int32))
     whole = cover((jnp.zeros((2, 1), jnp.int32), jnp.full((2, 1), 128, jnp.int32)), 128)
 
-    def run(forward: Any, backward: Any, segments: Segments) -> dict[str, np.ndarray]:
-        saved = forward(spec, q, k, v, None, segments)
-        results = (saved[0], *backward(spec, q, k, v, None, segments, saved, dout)[:3])
-        return {name: np.asarray(x, np.float64) for name, x in zip(("out", "dq", "dk", "dv"), results, strict=True)}
+    def results(forward: Any, backward: Any, qkv: Sequence[Array], dout: Array, segments: Segments) -> tuple[Array, ...]:
+        saved = forward(spec, *qkv, None, segments)
+        return (saved[0], *backward(spec, *qkv, None, segments, saved, dout)[:3])
 
-    errors: dict[str, float] = {}
-    for segments in (packed, whole):
-        right, found = run(xla.attention_forward, xla.attention_backward, segments), run(forward, backward, segments)
-        for name, exact in right.items():
-            # NaN, which wrong offsets may give, is the largest.
-            errors[name] = float(np.maximum(errors.get(name, 0.0), np.linalg.norm(found[name] - exact) / np.linalg.norm(exact)))
-    return errors
+    # One program, which the compilation cache keeps: of a hundred small ones it keeps none.
+    @jax.jit
+    def errors(arrays: list[Array], cases: Sequence[Any]) -> list[Array]:
+        *qkv, dout = (x.astype(jnp.float32) for x in arrays)
+        found = []
+        for segments in cases:
+            right = results(xla.attention_forward, xla.attention_backward, qkv, dout, segments)
+            given = results(forward, backward, arrays[:3], arrays[3], segments)
+            found.append(jnp.stack([jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact) for y, exact in zip(given, right, strict=True)]))
+        return found
+
+    # NaN, which wrong offsets may give, is the largest.
+    largest = np.maximum(*map(np.asarray, errors(arrays, (packed, whole))))
+    return dict(zip(("out", "dq", "dk", "dv"), largest.tolist(), strict=True))
 
 
 def _operands(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments, reach: Reach) -> tuple[tuple[Array, ...], dict[str, Any]]:

@@ -141,9 +141,13 @@ def test_the_packing_check_fails_when_offsets_are_read_wrongly(monkeypatch):
         spec = dataclasses.replace(spec, causal=spec.causal and not isinstance(segments, cudnn.Covering))
         return xla.attention_forward(spec, q, k, v, sinks, segments)
 
-    monkeypatch.setattr(cudnn, "attention_backward", xla.attention_backward)
-    for wrong in (shifted, blind):
-        monkeypatch.setattr(cudnn, "attention_forward", wrong)
+    def undefined(*arguments):
+        dq, dk, dv, _ = xla.attention_backward(*arguments)
+        return dq, dk + jnp.nan, dv, None
+
+    for forward, backward in ((shifted, xla.attention_backward), (blind, xla.attention_backward), (xla.attention_forward, undefined)):
+        monkeypatch.setattr(cudnn, "attention_forward", forward)
+        monkeypatch.setattr(cudnn, "attention_backward", backward)
         with pytest.raises(RuntimeError, match="reads segment offsets differently"):
             cudnn.check_packing.__wrapped__()
 
