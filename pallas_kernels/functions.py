@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -130,6 +131,34 @@ class Function:
     def inputs(self) -> tuple[int, int]:
         """How many of its inputs are [N, F], and how many [1, F]."""
         return {"rms_norm": (1, 1), "layer_norm": (1, 2), "plain": (1, 1), "gated": (2, 0)}[self.form]
+
+    def statistics(self, x: Float[Array, "N F"]) -> Float[Array, "N S"] | None:
+        """What a norm computes of each row, in fp32: 1 / rms, or 1 / std and the mean. None of an activation."""
+        if self.form not in ("rms_norm", "layer_norm"):
+            return None
+        x32 = x.astype(jnp.float32)
+        mean = jnp.mean(x32, axis=1, keepdims=True) if self.form == "layer_norm" else jnp.zeros((len(x), 1), jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32 - mean), axis=1, keepdims=True) + self.eps)
+        return jnp.concatenate([inverse, mean], axis=1) if self.form == "layer_norm" else inverse
+
+    def sum_over_rows(self, du: Float[Array, "N R"], inputs: Sequence[Array], statistics: Float[Array, "N S"]) -> Float[Array, "R F"]:
+        """duᵀ · norm(*inputs) in fp32, of a norm whose `statistics` are known; the norm itself is not made.
+
+        With v = du / rms(x) that is w ∘ (vᵀ x); of a layer norm, where v = du / std(x), it is w ∘ (vᵀ x - Σ v · mean(x)) + Σ du · b.
+
+        >>> x, one = jnp.array([[3.0, -3.0]]), jnp.ones((1, 2))
+        >>> norm = Function("rms_norm")
+        >>> norm.sum_over_rows(jnp.ones((1, 1)), (x, one), norm.statistics(x)).tolist()
+        [[1.0, -1.0]]
+        """
+        x, weight, *bias = inputs
+        inverse, *mean = jnp.split(statistics, statistics.shape[1], axis=1)
+        scaled = (du.astype(jnp.float32) * inverse).astype(x.dtype)
+        total = jax.lax.dot_general(scaled, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        if mean:
+            total -= jnp.sum(scaled.astype(jnp.float32) * mean[0], axis=0)[:, None]
+        total *= weight.astype(jnp.float32)
+        return total + jnp.sum(du.astype(jnp.float32), axis=0)[:, None] * bias[0].astype(jnp.float32) if bias else total
 
     def __call__(self, *inputs: Array) -> Array:
         """Computes it."""

@@ -173,6 +173,13 @@ def transposed_columns(u, rows, kept, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def row_tile(a, columns, kept, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[BLOCK_R, len(columns)] of an array a [R, N]."""
+    ranks = tl.arange(0, BLOCK_R)
+    return tl.load(a + ranks[:, None] * N + columns[None], mask=(ranks < R)[:, None] & kept[None], other=0.0)
+
+
+@triton.jit
 def store_sum(out, acc, split, columns, kept, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, TURNED: tl.constexpr):
     """out[split] [R, N], or where ``TURNED`` [N, R], at these columns."""
     ranks = tl.arange(0, BLOCK_R)
@@ -183,25 +190,26 @@ def store_sum(out, acc, split, columns, kept, N: tl.constexpr, R: tl.constexpr, 
 
 @triton.jit
 def gated_gradients(
-    e, g, dh, u_gate, u_up, du, de, dg, db_gate, db_up, da,
+    e, g, dh, u_gate, u_up, du, a, de, dg, db_gate, db_up, da,
     M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
     R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """de, dg [M, N] of h = act(e) ∘ g, and for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N]."""
+    """de, dg [M, N] of h = act(e) ∘ g under dh + du @ a, and for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N]."""
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_kept = columns < N
     dtype: tl.constexpr = e.dtype.element_ty
     gate, up = tl.zeros((BLOCK_GATE, BLOCK_N), tl.float32), tl.zeros((BLOCK_UP, BLOCK_N), tl.float32)
-    down = tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32)
+    down, a_tile = tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32), row_tile(a, columns, column_kept, N, R_DOWN, BLOCK_DOWN)
     for first in range(0, ROWS, BLOCK_M):
         rows = split * ROWS + first + tl.arange(0, BLOCK_M)
         row_kept = rows < M
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
         value = tl.load(e + place, mask=kept, other=0.0).to(tl.float32)
         times = tl.load(g + place, mask=kept, other=0.0)
-        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
+        du_tile = transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN)
+        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32) + tl.dot(tl.trans(du_tile), a_tile)
         activated, slope = activate_with_slope(value, ACTIVATION)
         activated = activated.to(dtype)
         de_tile = (dvalue * times.to(tl.float32) * slope).to(dtype)
@@ -210,7 +218,7 @@ def gated_gradients(
         tl.store(dg + place, dg_tile, mask=kept)
         gate = tl.dot(transposed_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), de_tile, gate)
         up = tl.dot(transposed_columns(u_up, rows, row_kept, R_UP, BLOCK_UP), dg_tile, up)
-        down = tl.dot(transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), activated * times, down)
+        down = tl.dot(du_tile, activated * times, down)
     store_sum(db_gate, gate, split, columns, column_kept, N, R_GATE, BLOCK_GATE, True)
     store_sum(db_up, up, split, columns, column_kept, N, R_UP, BLOCK_UP, True)
     store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN, False)
@@ -218,28 +226,30 @@ def gated_gradients(
 
 @triton.jit
 def plain_gradients(
-    e, bias, dh, u, du, de, db, da,
+    e, bias, dh, u, du, a, de, db, da,
     M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """de [M, N] of h = act(e + bias), and for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]."""
+    """de [M, N] of h = act(e + bias) under dh + du @ a, and for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]."""
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_kept = columns < N
     dtype: tl.constexpr = e.dtype.element_ty
     shift = tl.load(bias + columns, mask=column_kept, other=0.0)
     up, down = tl.zeros((BLOCK_UP, BLOCK_N), tl.float32), tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32)
+    a_tile = row_tile(a, columns, column_kept, N, R_DOWN, BLOCK_DOWN)
     for first in range(0, ROWS, BLOCK_M):
         rows = split * ROWS + first + tl.arange(0, BLOCK_M)
         row_kept = rows < M
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
         value = tl.load(e + place, mask=kept, other=0.0) + shift[None]
-        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
+        du_tile = transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN)
+        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32) + tl.dot(tl.trans(du_tile), a_tile)
         activated, slope = activate_with_slope(value.to(tl.float32), ACTIVATION)
         de_tile = (dvalue * slope).to(dtype)
         tl.store(de + place, de_tile, mask=kept)
         up = tl.dot(transposed_columns(u, rows, row_kept, R_UP, BLOCK_UP), de_tile, up)
-        down = tl.dot(transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), activated.to(dtype), down)
+        down = tl.dot(du_tile, activated.to(dtype), down)
     store_sum(db, up, split, columns, column_kept, N, R_UP, BLOCK_UP, True)
     store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN, False)
 
@@ -286,12 +296,13 @@ def row_starts(rows, width, ALIGNED: tl.constexpr):
 
 @triton.jit
 def normed_input(
-    x, weight, bias, width, both,
+    x, weight, bias, width, both, statistics,
     M: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """both [M, width] = [h, 0] of h = weight · x / rms(x), or weight · (x - mean) / std + bias where ``CENTRED``; a row is one block.
 
+    And statistics [M, 1] = 1 / rms, or [M, 2] = (1 / std, mean), in fp32.
     As XLA has it, the quotient is rounded to the weight's dtype before it is scaled, where it is not centred.
     """
     rows, columns, spare = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), N + tl.arange(0, BLOCK_R)
@@ -300,9 +311,14 @@ def normed_input(
     dtype: tl.constexpr = x.dtype.element_ty
     value = tl.load(x + at + columns[None], mask=kept, other=0.0).to(tl.float32)
     scale = tl.load(weight + columns, mask=column_kept, other=0.0)
+    KEPT: tl.constexpr = 2 if CENTRED else 1
     if CENTRED:
-        value = tl.where(kept, value - (tl.sum(value, axis=1) / N)[:, None], 0.0)
-    normed = value * tl.rsqrt(tl.sum(value * value, axis=1) / N + EPS)[:, None]
+        mean = tl.sum(value, axis=1) / N
+        value = tl.where(kept, value - mean[:, None], 0.0)
+        tl.store(statistics + KEPT * rows + 1, mean, mask=row_kept)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=1) / N + EPS)
+    tl.store(statistics + KEPT * rows, inverse, mask=row_kept)
+    normed = value * inverse[:, None]
     if CENTRED:
         h = (normed * scale.to(tl.float32)[None] + tl.load(bias + columns, mask=column_kept, other=0.0).to(tl.float32)[None]).to(dtype)
     else:

@@ -139,12 +139,11 @@ def project_mlp(
     rows, weights = tuple(v.reshape(-1, v.shape[-1]) for v in inputs), tuple(_weight(linear) for linear in linears)
     dtype = rows[0].dtype
     bias = None if gated else _bias(first[0], dtype)
-    wide, row, *columns = (
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape in ((len(rows[0]), weights[0].shape[0]), (1, weights[0].shape[0]), *((len(rows[0]), lora.rank) for lora in loras))
-    )
+    N, (F, _) = len(rows[0]), weights[0].shape
+    shapes = (N, F), (1, F), (loras[-1].rank, F), *((N, lora.rank) for lora in loras)
+    wide, row, a, *columns = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
     kernel, second = (GRADIENTS, wide) if gated else (PLAIN_GRADIENTS, row)
-    if kernel.choose("auto", wide, second, wide, *columns, activation=activation) == "xla":
+    if kernel.choose("auto", wide, second, wide, *columns, a, activation=activation) == "xla":
         return None
     y = mlp_rows((act, activation, making), rows, hollow, bias, weights, loras)
     return (y if last.bias is None else y + _bias(last, y.dtype)).reshape(*inputs[0].shape[:-1], -1)

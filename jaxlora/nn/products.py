@@ -66,17 +66,18 @@ def identity(x: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _products(
     how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None
-) -> tuple[tuple[Array, ...], dict[int, Array]]:
-    """The y_i, and the columns u_i = A_i drop_i(x) of those with an adapter."""
+) -> tuple[tuple[Array, ...], dict[int, Array], Array | None]:
+    """The y_i, the columns u_i = A_i drop_i(x) of those with an adapter, and the statistics of a norm that a kernel made."""
     act, rates, _ = how
     if value is None and isinstance(act, Function) and makes_input(how, inputs, weights, loras):
         pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
-        both, columns = lora_input(inputs, _stacked_a(pairs, inputs[0].dtype), function=act)
-        return _wide_ys(both, weights, loras, columns), _kept(dict(enumerate(_split(columns, pairs, axis=1))))
+        both, columns, statistics = lora_input(inputs, _stacked_a(pairs, inputs[0].dtype), function=act)
+        us = _kept(dict(enumerate(_split(columns, pairs, axis=1))))
+        return _wide_ys(both, weights, loras, columns), us, None if statistics is None else checkpoint_name(statistics, "lora_u")
     x = act(*inputs) if value is None else value
     # Kept before they are used: a product that is computed again does not need them again.
     us = _kept(_down(rates, x, loras, keys))
-    return _ys(x, weights, loras, us), us
+    return _ys(x, weights, loras, us), us, None
 
 
 def _kept(us: dict[int, Array]) -> dict[int, Array]:
@@ -96,16 +97,13 @@ project_rows = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 def _project_fwd(
     how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[tuple[Array, ...], Any]:
-    ys, us = _products(how, inputs, weights, loras, keys, value)
-    return ys, (inputs, _marked(hollow), weights, loras, keys, us)
+    ys, us, statistics = _products(how, inputs, weights, loras, keys, value)
+    return ys, (inputs, _marked(hollow), weights, loras, keys, us, statistics)
 
 
-def _pulled(act: Activation, inputs: Inputs, hollow: tuple[()] | None) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
-    """act(*inputs) for the backward, and its vector-Jacobian product, for which nobody asks where the gradient goes to a hollow array."""
-    x, pull = jax.vjp(act, *inputs)
-    if hollow is None or not isinstance(act, Function):
-        return x, pull
-    return lora_input(inputs, jnp.zeros((0, x.shape[1]), x.dtype), function=act)[0], pull
+def _sum_over_rows(act: Activation, inputs: Inputs, statistics: Array | None, x: Array, du: Array) -> Array:
+    """duᵀ x of x = act(*inputs), which a norm's statistics save from being made."""
+    return outer(du, x) if statistics is None or not isinstance(act, Function) else act.sum_over_rows(du, inputs, statistics)
 
 
 def _marked(hollow: Array | None) -> tuple[()] | None:
@@ -157,13 +155,13 @@ def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
 @functools.partial(jax.jit, static_argnums=0)
 def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
     act, rates, _ = how
-    inputs, hollow, weights, loras, keys, us = residuals
-    x, pull = _pulled(act, inputs, hollow)
+    inputs, hollow, weights, loras, keys, us, statistics = residuals
+    x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
     wide, du, dus = _plain_gradients(weights, loras, plain, dys)
     dx = wide[:, : x.shape[1]]
-    das = {} if du is None else dict(zip(plain, _split(outer(du, x), plain, axis=0), strict=True))
+    das = {} if du is None else dict(zip(plain, _split(_sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
@@ -207,10 +205,10 @@ def _mlp_fwd(
 ) -> tuple[Array, Any]:
     into, activation, making = how
     alone = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
-    ys, us = _products((into, alone[0], making), inputs, weights[:-1], loras[:-1], alone[1], None)
+    ys, us, statistics = _products((into, alone[0], making), inputs, weights[:-1], loras[:-1], alone[1], None)
     act, wide = _activation(activation, ys, bias)
-    (y,), down_us = _products((act, (0.0,), making), wide, weights[-1:], loras[-1:], (None,), None)
-    return y, (inputs, _marked(hollow), ys, bias, us, down_us[0], weights, loras)
+    (y,), down_us, _ = _products((act, (0.0,), making), wide, weights[-1:], loras[-1:], (None,), None)
+    return y, (inputs, _marked(hollow), ys, bias, us, down_us[0], weights, loras, statistics)
 
 
 def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Function, Inputs]:
@@ -221,23 +219,23 @@ def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Functi
 @functools.partial(jax.jit, static_argnums=0)
 def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tuple[Any, ...]:
     into, activation, _ = how
-    inputs, hollow, ys, bias, us, down_u, weights, loras = residuals
+    inputs, hollow, ys, bias, us, down_u, weights, loras, statistics = residuals
     down = loras[-1]
-    du = dy @ _scaled(down, dy.dtype)
-    dh = input_gradient(weights[-1:], (dy,), (du, down.a.astype(dy.dtype)))
+    du, a = dy @ _scaled(down, dy.dtype), down.a.astype(dy.dtype)
+    dh = input_gradient(weights[-1:], (dy,))
     if bias is None:
         e, g = ys
-        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, activation=activation)
+        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, a, activation=activation)
         dbs = [db_gate, db_up]
     else:
         (e,) = ys
-        *dys, db, da = plain_gradients(e, bias, dh, us[0], du, activation=activation)
+        *dys, db, da = plain_gradients(e, bias, dh, us[0], du, a, activation=activation)
         dbs = [db]
     pairs = dict(enumerate(loras[:-1]))
     dx, both, _ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys))
     assert both is not None
-    x, pull = _pulled(into, inputs, hollow)
-    das = _split(outer(both, x), pairs, axis=0)
+    x, pull = jax.vjp(into, *inputs)
+    das = _split(_sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
     dloras = [_pair_gradient(lora, da, db) for lora, da, db in zip(pairs.values(), das, dbs, strict=True)]
     # Only where a weight is trained is h computed once more.
     act, wide = _activation(activation, ys, bias)
@@ -265,7 +263,7 @@ def _gated_fwd(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -
     gate, up = (w.packed() for w in weights)
     assert gate is not None and up is not None
     h, e, g = gated(x, gate, up, update, activation=activation, backend=backend)
-    return (e, g, h), ((x,), None, weights, loras, (None, None), us)
+    return (e, g, h), ((x,), None, weights, loras, (None, None), us, None)
 
 
 def _gated_bwd(how: tuple[str, str], residuals: Any, cotangents: tuple[Array, Array, Array]) -> tuple[Any, ...]:

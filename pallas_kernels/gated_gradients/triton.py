@@ -32,7 +32,7 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 
 def gradients(
-    e: Float[Array, "N F"], g: Float[Array, "N F"], dh: Float[Array, "N F"], us: tuple[Array, Array], du: Array, activation: str
+    e: Float[Array, "N F"], g: Float[Array, "N F"], dh: Float[Array, "N F"], us: tuple[Array, Array], du: Array, a: Array, activation: str
 ) -> Any:
     """As `gated_gradients` returns them."""
     rows, columns = e.shape
@@ -45,7 +45,7 @@ def gradients(
     names = ("GATE", "UP", "DOWN")
     de, dg, *parts = _triton.call(
         _triton.device_code().gated_gradients,
-        *(e, g, dh, *us, du),
+        *(e, g, dh, *us, du, a),
         out=(wide, wide, *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),
         config=config,

@@ -16,12 +16,18 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 
 def gradients(
-    e: Float[Array, "N F"], g: Float[Array, "N F"], dh: Float[Array, "N F"], us: tuple[Array, Array], du: Array, activation: str
+    e: Float[Array, "N F"], g: Float[Array, "N F"], dh: Float[Array, "N F"], us: tuple[Array, Array], du: Array, a: Array, activation: str
 ) -> Any:
     """As `gated_gradients` returns them."""
     h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
-    de, dg = pull(dh)
+    de, dg = pull(with_update(dh, du, a))
     return de, dg, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)
+
+
+def with_update(dh: Float[Array, "N F"], du: Float[Array, "N R"], a: Float[Array, "R F"]) -> Float[Array, "N F"]:
+    """dh + du @ a, added in fp32."""
+    update = jax.lax.dot_general(du, a, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return (dh.astype(jnp.float32) + update).astype(dh.dtype)
 
 
 def outer(a: Float[Array, "N P"], b: Float[Array, "N Q"]) -> Float[Array, "P Q"]:

@@ -19,18 +19,18 @@ _BACKENDS = {"triton": triton, "xla": xla}
 
 def lora_input(
     inputs: Sequence[Float[Array, "_ F"]], a: Float[Array, "R F"], *, function: Function, backend: str = "auto"
-) -> tuple[Float[Array, "N C"], Float[Array, "N R"]]:
-    """([h, u], u) of h = function(*inputs) [N, F] and u = h @ aᵀ: what Linears with the adapters a take, in one array.
+) -> tuple[Float[Array, "N C"], Float[Array, "N R"], Float[Array, "N S"] | None]:
+    """([h, u], u, statistics) of h = function(*inputs) [N, F] and u = h @ aᵀ: what Linears with the adapters a take, in one array.
 
     y = h Wᵀ + u Bᵀ is then [h, u] @ [W, B]ᵀ, one product that reads h once and adds the adapters' part in fp32. h is rounded to the
     dtype of the inputs before it is multiplied by a; u is accumulated in fp32 and rounded once. On a GPU one kernel reads the inputs and
-    writes both, so that h is neither read again for u nor copied beside it. Without rows of a it is h alone. There is no gradient: whoever
-    uses it differentiates ``function``.
+    writes both, so that h is neither read again for u nor copied beside it. ``statistics`` are the function's, for its backward. There is
+    no gradient: whoever uses it differentiates ``function``.
 
     >>> import jax.numpy as jnp
-    >>> both, u = lora_input((3 * jnp.ones((1, 2)), jnp.ones((1, 2))), jnp.ones((1, 2)), function=Function("rms_norm"))
-    >>> both.tolist(), u.tolist()
-    ([[1.0, 1.0, 2.0]], [[2.0]])
+    >>> both, u, statistics = lora_input((4 * jnp.ones((1, 2)), jnp.ones((1, 2))), jnp.ones((1, 2)), function=Function("rms_norm"))
+    >>> both.tolist(), u.tolist(), statistics.tolist()
+    ([[1.0, 1.0, 2.0]], [[2.0]], [[0.25]])
 
     Raises:
       ValueError: shapes or dtypes disagree, or nobody knows the activation or the backend.
@@ -40,20 +40,24 @@ def lora_input(
     return _BACKENDS[KERNEL.choose(backend, inputs, a, function=function)].columns(function, inputs, a)
 
 
-def reference(inputs: Sequence[Array], a: Array, *, function: Function) -> tuple[Array, Array]:
+def reference(inputs: Sequence[Array], a: Array, *, function: Function) -> tuple[Array, Array, Array | None]:
     """The arguments and results of `lora_input`, computed in fp32."""
     first, *others = (x.astype(jnp.float32) for x in inputs)
+    statistics = []
     match function.form:
         case "rms_norm":
-            h = others[0] * first / jnp.sqrt(jnp.mean(first**2, axis=1, keepdims=True) + function.eps)
+            statistics = [jnp.mean(first**2, axis=1) + function.eps]
+            h = others[0] * first / jnp.sqrt(statistics[0])[:, None]
         case "layer_norm":
+            statistics = [jnp.var(first, axis=1) + function.eps, jnp.mean(first, axis=1)]
             h = others[0] * jax.nn.standardize(first, axis=1, epsilon=function.eps) + others[1]
         case "plain":
             h = PLAIN[function.activation](first + others[0])
         case "gated":
             h = ACTIVATIONS[function.activation](first) * others[0]
     u = h @ a.astype(jnp.float32).T
-    return jnp.concatenate([h, u], axis=1).astype(a.dtype), u.astype(a.dtype)
+    made = jnp.concatenate([h, u], axis=1).astype(a.dtype), u.astype(a.dtype)
+    return *made, jnp.stack([statistics[0] ** -0.5, *statistics[1:]], axis=1) if statistics else None
 
 
 def _check(inputs: Sequence[Array], a: Array, function: Function) -> None:
@@ -99,7 +103,6 @@ CASES = {
     "gelu": functools.partial(_case, rows=32, columns=256, rank=16, function=Function("plain", "gelu")),
     "gelu_tanh": functools.partial(_case, rows=32, columns=256, rank=16, function=Function("plain", "gelu_tanh")),
     "quick_gelu": functools.partial(_case, rows=64, columns=256, rank=16, function=Function("plain", "quick_gelu")),
-    "norm_alone": functools.partial(_case, rows=64, columns=512, rank=0, function=_RMS),
     "ragged_norm": functools.partial(_case, rows=37, columns=75, rank=5, function=_LAYER),
     "ragged_rms": functools.partial(_case, rows=19, columns=300, rank=20, function=_RMS),
     "ragged_gated": functools.partial(_case, rows=37, columns=275, rank=48, function=Function("gated", "silu")),

@@ -39,8 +39,6 @@ class PlainConfig(Config):
 
 def refuses(function: Function, x: Array, rank: int) -> str | None:
     """Why Triton cannot run this call here, or None."""
-    if rank == 0 and function.form in ("plain", "gated"):
-        return "makes activations for adapters alone"
     if x.dtype != jnp.bfloat16:
         return f"needs bfloat16, got {x.dtype}"
     if rank > _MOST_COLUMNS:
@@ -48,7 +46,7 @@ def refuses(function: Function, x: Array, rank: int) -> str | None:
     return _triton.refuses()
 
 
-def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"]) -> tuple[Float[Array, "N C"], Float[Array, "N R"]]:
+def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"]) -> tuple[Array, Array, Array | None]:
     """As `lora_input` returns them."""
     (rows, width), rank = inputs[0].shape, a.shape[0]
     kind = PlainConfig if function.form == "plain" else Config
@@ -66,21 +64,19 @@ def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"])
             **{"COLUMNS": -(-width // (splits * config["BLOCK_N"])) * config["BLOCK_N"]},
             **{"GATED": function.form == "gated", "ACTIVATION": function.activation},
         )
-        u = parts.sum(0).astype(a.dtype)
+        u, statistics = parts.sum(0).astype(a.dtype), None
     else:
-        both = _triton.call(
+        both, statistics = _triton.call(
             _triton.device_code().normed_input,
             # rms_norm reads no bias.
             *(*inputs, inputs[1])[:3],
             both.shape[1],
-            out=both,
+            out=(both, jax.ShapeDtypeStruct((rows, 2 if function.form == "layer_norm" else 1), jnp.float32)),
             grid=(-(-rows // norm_rows),),
             config={**config, "BLOCK_M": norm_rows, "BLOCK_N": 1 << (width - 1).bit_length()},
             **{"M": rows, "N": width, "BLOCK_R": _MOST_COLUMNS, "ALIGNED": both.shape[1] % 16 == 0},
             **{"CENTRED": function.form == "layer_norm", "EPS": function.eps},
         )
-        if rank == 0:
-            return both, jnp.zeros((rows, 0), a.dtype)
         # With zeros below a: a slice of `both` would be copied.
         u = jax.lax.dot_general(both, jnp.pad(a, ((0, 0), (0, rank))), (((1,), (1,)), ((), ())))
-    return jax.lax.dynamic_update_slice(both, u, (0, width)), u
+    return jax.lax.dynamic_update_slice(both, u, (0, width)), u, statistics

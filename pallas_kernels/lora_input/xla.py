@@ -14,8 +14,8 @@ def refuses(function: Function, x: Array, rank: int) -> str | None:
     return None
 
 
-def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"]) -> tuple[Float[Array, "N C"], Float[Array, "N R"]]:
+def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"]) -> tuple[Array, Array, Array | None]:
     """As `lora_input` returns them."""
     h = function(*inputs)
     u = jax.lax.dot_general(h, a, (((1,), (1,)), ((), ())))
-    return jnp.concatenate([h, u], axis=1), u
+    return jnp.concatenate([h, u], axis=1), u, function.statistics(inputs[0])

@@ -42,8 +42,8 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "jaxlora/nn/products.py",
-        "du = dy @ _scaled(down, dy.dtype)",
-        "du = dy @ down.b.astype(dy.dtype)",
+        "du, a = dy @ _scaled(down, dy.dtype)",
+        "du, a = dy @ down.b.astype(dy.dtype)",
         "down's A without its scale",
         GATED,
     ),
