@@ -5,7 +5,7 @@ Arrays [N, ·] in and out, weights and adapters as values; `jaxlora.nn.linear` h
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,9 @@ from jaxlora.weights.base import (
     beside,
     contract_last,
     goes_beside,
+    goes_together,
     gradients_beside,
+    gradients_together,
     input_gradient,
     join,
     one_product,
@@ -159,14 +161,14 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    wide, du, dus = _plain_gradients(weights, loras, plain, dys)
+    wide, du, dus, dbs = _plain_gradients(weights, loras, plain, dys, us)
     dx = wide[:, : x.shape[1]]
     das = {} if du is None else dict(zip(plain, _split(_sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
-    dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], outer(dys[i], us[i])) for i, lora in enumerate(loras))
+    dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], dbs[i]) for i, lora in enumerate(loras))
     dinputs, dhollow = (pull(dx), None) if hollow is None else (None, wide)
     return dinputs, dhollow, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
@@ -175,20 +177,33 @@ project_rows.defvjp(_project_fwd, _project_bwd)
 
 
 def _plain_gradients(
-    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs
-) -> tuple[Array, Array | None, dict[int, Array]]:
-    """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone).
+    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array]
+) -> tuple[Array, Array | None, dict[int, Array], dict[int, Array]]:
+    """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone, each
+    adapter's dyᵀ u).
 
     dx has `spare_columns` behind its own.
     """
     dtype = dys[0].dtype
     bs = [b for b in _padded_b(loras, dtype) if b is not None]
+    if len(plain) == len(weights) and goes_together(weights, bs[0].shape[1]):
+        dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
+        sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))
+        starts, firsts = _starts(w.shape[0] for w in weights), _starts(lora.rank for lora in plain.values())
+        blocks = {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
+        return dx, du, {}, blocks
+    dbs = {i: outer(dys[i], us[i]) for i, lora in enumerate(loras) if lora is not None}
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
-        return *gradients_beside(dys, weights, bs, _stacked_a(plain, dtype)), {}
+        return *gradients_beside(dys, weights, bs, _stacked_a(plain, dtype)), {}, dbs
     dus = {i: dys[i] @ _scaled(lora, dtype) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
-    return input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, dtype))), du, dus
+    return input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, dtype))), du, dus, dbs
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    """Where each part begins, and where the last one ends."""
+    return list(itertools.accumulate(sizes, initial=0))
 
 
 def _mlp_forward(
@@ -232,7 +247,7 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
         *dys, db, da = plain_gradients(e, bias, dh, us[0], du, a, activation=activation)
         dbs = [db]
     pairs = dict(enumerate(loras[:-1]))
-    dx, both, _ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys))
+    dx, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), dict(enumerate(us.values())))
     assert both is not None
     x, pull = jax.vjp(into, *inputs)
     das = _split(_sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)

@@ -185,10 +185,11 @@ def axial_table(
 
 def rotate(x: Float[Array, "B S H C"], rope: tuple[Float[Array, "B S C"], Float[Array, "B S C"]]) -> Float[Array, "B S H C"]:
     """x ∘ cos + rotate_half(x) ∘ sin, pairing channel j with j + C/2, in the tables' dtype, returned in x's."""
-    cos, sin = (t[:, :, None, :] for t in rope)
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x.astype(cos.dtype) * cos + turned.astype(cos.dtype) * sin).astype(x.dtype)
+    cos, sin = (t.reshape(*t.shape[:2], 1, 2, -1) for t in rope)
+    halves = x.reshape(*x.shape[:3], 2, -1).astype(cos.dtype)
+    signs = jnp.array([-1, 1], cos.dtype).reshape(1, 1, 1, 2, 1)
+    # Reversed, not put together from parts: XLA then writes the gradient where it is multiplied.
+    return (halves * cos + jnp.flip(halves, axis=3) * (signs * sin)).reshape(x.shape).astype(x.dtype)
 
 
 def _both_halves(angles: Array, dtype: Any, factor: float = 1.0) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float, UInt32
-from pallas_kernels.packed import Weight, pair_columns, unpair
+from pallas_kernels.packed import Weight, pair, pair_columns, unpair
 
 type LowRank = tuple[Array, Array]
 
@@ -109,16 +109,11 @@ def input_gradient(
 
     Where the outputs are not much wider than the input, they are one product: copying the dy costs less than adding up the dx.
     """
-    decoded, together = all(w.decoded for w in weights), sum(w.shape[0] for w in weights) <= 2 * weights[0].shape[1]
-    joined = weights[0].above(weights[1:]) if together and not decoded and len(weights) > 1 else None
+    decoded = all(w.decoded for w in weights)
+    joined = weights[0].above(weights[1:]) if _narrow(weights) and not decoded and len(weights) > 1 else None
     if joined is not None:
         return joined.matmul_t(beside(*dys), update)
-    if (
-        together
-        and decoded
-        and len(weights) > 1
-        and all(one_product(dy.shape[1], 0 if update is None else update[0].shape[1]) for dy in dys)
-    ):
+    if goes_together(weights, 0 if update is None else update[0].shape[1]):
         u, a = ([], None) if update is None else ([update[0]], update[1])
         return contract_first(beside(*dys, *u), stacked(weights, dys[0].dtype, below=a))
     dx = weights[0].matmul_t(dys[0], update)
@@ -146,10 +141,37 @@ def gradients_beside(
     return contract_first(du, jnp.pad(rows, ((0, 0), (0, du.shape[1])))) + both, du
 
 
+def gradients_together(
+    dys: Sequence[Float[Array, "N _"]],
+    weights: Sequence[AbstractWeight],
+    columns: Sequence[Float[Array, "_ R"]],
+    rows: Float[Array, "R I"],
+) -> tuple[Float[Array, "N I"], Float[Array, "N R"], Float[Array, "N C"]]:
+    """(Σ dy_i @ W_i + du @ rows, du, [dy_1, …, du]), du = Σ dy_i @ b_i for columns b_i [O_i, R]: one product of one array.
+
+    What makes the dys writes them where they are multiplied; du is put beside them.
+    """
+    rank = rows.shape[0]
+    both = beside(*dys, jnp.zeros((len(dys[0]), rank), dys[0].dtype), made=True)
+    du = contract_first(both, jnp.concatenate([*columns, jnp.zeros((rank, rank), both.dtype)]))
+    both = jax.lax.dynamic_update_slice(both, du, (0, both.shape[1] - rank))
+    return contract_first(both, stacked(weights, both.dtype, below=rows)), du, both
+
+
+def goes_together(weights: Sequence[AbstractWeight], columns: int) -> bool:
+    """Whether the gradients by the outputs of these weights, and so many more columns, are copied into one array for one product."""
+    fit = all(w.decoded and one_product(w.shape[0], columns) for w in weights)
+    return len(weights) > 1 and _narrow(weights) and fit
+
+
+def _narrow(weights: Sequence[AbstractWeight]) -> bool:
+    """Whether their outputs are not much wider than their input."""
+    return sum(w.shape[0] for w in weights) <= 2 * weights[0].shape[1]
+
+
 def goes_beside(weights: Sequence[AbstractWeight], columns: int) -> bool:
     """Whether so many more columns of the products dy_i @ W_i cost less than reading dys once more that are much wider than the input."""
-    wide = sum(w.shape[0] for w in weights) > 2 * weights[0].shape[1]
-    return wide and columns <= _FEW and all(w.decoded and one_product(w.shape[0], columns) for w in weights)
+    return not _narrow(weights) and columns <= _FEW and all(w.decoded and one_product(w.shape[0], columns) for w in weights)
 
 
 def stacked(
@@ -170,11 +192,16 @@ def stacked(
     return unpack(array if right is None else jnp.concatenate([array, pack(right.astype(dtype))], axis=1))
 
 
-def beside(*parts: Float[Array, "N _"]) -> Float[Array, "N C"]:
-    """The parts' columns side by side; bf16 by way of 32-bit words, which are copied at twice the speed of single columns."""
+def beside(*parts: Float[Array, "N _"], made: bool = False) -> Float[Array, "N C"]:
+    """The parts' columns side by side; bf16 by way of 32-bit words, which are copied at twice the speed of single columns.
+
+    What makes the parts may join the copy where they are ``made`` for it alone; that does not pay where they are there already.
+    """
     if any(part.dtype != jnp.bfloat16 or part.shape[1] % 2 for part in parts):
         return jnp.concatenate(parts, axis=1)
-    return unpair(jnp.concatenate([pair_columns(part) for part in parts], axis=1))
+    # XLA fuses nothing across a bitcast to another width.
+    words = [pair(part[:, 0::2], part[:, 1::2]) if made else pair_columns(part) for part in parts]
+    return unpair(jnp.concatenate(words, axis=1))
 
 
 def contract_last(x: Float[Array, "N I"], w: Float[Array, "O I"]) -> Float[Array, "N O"]:
