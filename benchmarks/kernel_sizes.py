@@ -131,14 +131,13 @@ def _gated_gradients(rows: int, columns: int, rank: int) -> Size:
 
 def _plain_gradients(rows: int, columns: int, rank: int) -> Size:
     def case(key: Any) -> Case:
-        keys = jax.random.split(key, 6)
+        keys = jax.random.split(key, 5)
         arrays = {n: jax.random.normal(k, (rows, columns), DTYPE) for n, k in zip(("e", "dh"), keys[:2], strict=True)}
-        arrays["a"] = jax.random.normal(keys[5], (rank, columns), DTYPE)
         arrays |= {n: jax.random.normal(k, (rows, rank), DTYPE) for n, k in zip(("u", "du"), keys[2:4], strict=True)}
         arrays["bias"] = jax.random.normal(keys[4], (1, columns), DTYPE)
         return Case(arrays=arrays, static={"activation": "quick_gelu"}, wrt=())
 
-    flops = 6.0 * rows * columns * rank
+    flops = 4.0 * rows * columns * rank
     return Size(case=case, flops=(flops, flops))
 
 

@@ -173,6 +173,13 @@ def transposed_columns(u, rows, kept, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def rank_columns(u, rows, kept, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[len(rows), BLOCK_R] of an array u [·, R]."""
+    columns = tl.arange(0, BLOCK_R)
+    return tl.load(u + rows[:, None].to(tl.int64) * R + columns[None], mask=kept[:, None] & (columns < R)[None], other=0.0)
+
+
+@triton.jit
 def row_tile(a, columns, kept, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """[BLOCK_R, len(columns)] of an array a [R, N]."""
     ranks = tl.arange(0, BLOCK_R)
@@ -208,8 +215,9 @@ def gated_gradients(
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
         value = tl.load(e + place, mask=kept, other=0.0).to(tl.float32)
         times = tl.load(g + place, mask=kept, other=0.0)
-        du_tile = transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN)
-        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32) + tl.dot(tl.trans(du_tile), a_tile)
+        # Accumulated, and du loaded twice: either saves moving a tile between layouts of registers.
+        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
+        dvalue = tl.dot(rank_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), a_tile, dvalue)
         activated, slope = activate_with_slope(value, ACTIVATION)
         activated = activated.to(dtype)
         de_tile = (dvalue * times.to(tl.float32) * slope).to(dtype)
@@ -218,7 +226,7 @@ def gated_gradients(
         tl.store(dg + place, dg_tile, mask=kept)
         gate = tl.dot(transposed_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), de_tile, gate)
         up = tl.dot(transposed_columns(u_up, rows, row_kept, R_UP, BLOCK_UP), dg_tile, up)
-        down = tl.dot(du_tile, activated * times, down)
+        down = tl.dot(transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), activated * times, down)
     store_sum(db_gate, gate, split, columns, column_kept, N, R_GATE, BLOCK_GATE, True)
     store_sum(db_up, up, split, columns, column_kept, N, R_UP, BLOCK_UP, True)
     store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN, False)
@@ -226,30 +234,28 @@ def gated_gradients(
 
 @triton.jit
 def plain_gradients(
-    e, bias, dh, u, du, a, de, db, da,
+    e, bias, dh, u, du, de, db, da,
     M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """de [M, N] of h = act(e + bias) under dh + du @ a, and for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]."""
+    """de [M, N] of h = act(e + bias), and for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]."""
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_kept = columns < N
     dtype: tl.constexpr = e.dtype.element_ty
     shift = tl.load(bias + columns, mask=column_kept, other=0.0)
     up, down = tl.zeros((BLOCK_UP, BLOCK_N), tl.float32), tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32)
-    a_tile = row_tile(a, columns, column_kept, N, R_DOWN, BLOCK_DOWN)
     for first in range(0, ROWS, BLOCK_M):
         rows = split * ROWS + first + tl.arange(0, BLOCK_M)
         row_kept = rows < M
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
         value = tl.load(e + place, mask=kept, other=0.0) + shift[None]
-        du_tile = transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN)
-        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32) + tl.dot(tl.trans(du_tile), a_tile)
+        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
         activated, slope = activate_with_slope(value.to(tl.float32), ACTIVATION)
         de_tile = (dvalue * slope).to(dtype)
         tl.store(de + place, de_tile, mask=kept)
         up = tl.dot(transposed_columns(u, rows, row_kept, R_UP, BLOCK_UP), de_tile, up)
-        down = tl.dot(du_tile, activated.to(dtype), down)
+        down = tl.dot(transposed_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), activated.to(dtype), down)
     store_sum(db, up, split, columns, column_kept, N, R_UP, BLOCK_UP, True)
     store_sum(da, down, split, columns, column_kept, N, R_DOWN, BLOCK_DOWN, False)
 

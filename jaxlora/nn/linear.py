@@ -142,8 +142,8 @@ def project_mlp(
     N, (F, _) = len(rows[0]), weights[0].shape
     shapes = (N, F), (1, F), (loras[-1].rank, F), *((N, lora.rank) for lora in loras)
     wide, row, a, *columns = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-    kernel, second = (GRADIENTS, wide) if gated else (PLAIN_GRADIENTS, row)
-    if kernel.choose("auto", wide, second, wide, *columns, a, activation=activation) == "xla":
+    kernel, arguments = (GRADIENTS, (wide, wide, wide, *columns, a)) if gated else (PLAIN_GRADIENTS, (wide, row, wide, *columns))
+    if kernel.choose("auto", *arguments, activation=activation) == "xla":
         return None
     y = mlp_rows((act, activation, making), rows, hollow, bias, weights, loras)
     return (y if last.bias is None else y + _bias(last, y.dtype)).reshape(*inputs[0].shape[:-1], -1)

@@ -237,14 +237,16 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
     inputs, hollow, ys, bias, us, down_u, weights, loras, statistics = residuals
     down = loras[-1]
     du, a = dy @ _scaled(down, dy.dtype), down.a.astype(dy.dtype)
-    dh = input_gradient(weights[-1:], (dy,))
     if bias is None:
         e, g = ys
+        dh = input_gradient(weights[-1:], (dy,))
         *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, a, activation=activation)
         dbs = [db_gate, db_up]
     else:
         (e,) = ys
-        *dys, db, da = plain_gradients(e, bias, dh, us[0], du, a, activation=activation)
+        # This kernel would lose more by adding the adapter's part itself than the product does by copying dy beside du.
+        dh = input_gradient(weights[-1:], (dy,), (du, a))
+        *dys, db, da = plain_gradients(e, bias, dh, us[0], du, activation=activation)
         dbs = [db]
     pairs = dict(enumerate(loras[:-1]))
     dx, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), dict(enumerate(us.values())))

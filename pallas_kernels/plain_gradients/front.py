@@ -21,50 +21,45 @@ def plain_gradients(
     dh: Float[Array, "N F"],
     u: Float[Array, "N Ru"],
     du: Float[Array, "N Rd"],
-    a: Float[Array, "Rd F"],
     *,
     activation: str,
     backend: str = "auto",
 ) -> tuple[Float[Array, "N F"], Float[Array, "F Ru"], Float[Array, "Rd F"]]:
-    """(de, deᵀ u, duᵀ h) of h = act(e + bias) under the cotangent t = dh + du a: de = t ∘ act'(e + bias).
+    """(de, deᵀ u, duᵀ h) of h = act(e + bias) under the cotangent dh: de = dh ∘ act'(e + bias).
 
-    These are the gradients by the first of an MLP's two projections, by the B of its adapter (u = A x) and by the A of the second one's,
-    whose part of t comes as du = dy (s B) and its A, and what comes through its weight as dh; `gated_gradients` is the same for an MLP with
-    a gate. de comes in e's dtype, the sums over the rows in fp32, of values rounded to e's dtype. On a GPU a kernel reads e and dh once,
-    and writes nothing else that is wide.
+    These are the gradients by the first of an MLP's two projections, by the B of its adapter (u = A x) and by the A of the second one's
+    (du = dy (s B)); `gated_gradients` is the same for an MLP with a gate. de comes in e's dtype, the sums over the rows in fp32, of values
+    rounded to e's dtype. On a GPU a kernel reads e and dh once, and writes nothing else that is wide.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1, 1))
-    >>> [round(x.item(), 4) for x in plain_gradients(one, 0 * one, one, one, one, 0 * one, activation="gelu")]
+    >>> [round(x.item(), 4) for x in plain_gradients(one, 0 * one, one, one, one, activation="gelu")]
     [1.0833, 1.0833, 0.8413]
 
     Raises:
       ValueError: shapes or dtypes disagree, or nobody knows the activation or the backend.
       NotImplementedError: the named backend cannot run this call; the text says why.
     """
-    _check(e, bias, dh, (u, du), a, activation)
-    chosen = KERNEL.choose(backend, e, bias, dh, u, du, a, activation=activation)
-    return _BACKENDS[chosen].gradients(e, bias, dh, u, du, a, activation)
+    _check(e, bias, dh, (u, du), activation)
+    return _BACKENDS[KERNEL.choose(backend, e, bias, dh, u, du, activation=activation)].gradients(e, bias, dh, u, du, activation)
 
 
-def reference(e: Array, bias: Array, dh: Array, u: Array, du: Array, a: Array, *, activation: str) -> tuple[Array, ...]:
+def reference(e: Array, bias: Array, dh: Array, u: Array, du: Array, *, activation: str) -> tuple[Array, ...]:
     """The arguments and results of `plain_gradients`, by autodiff of the definition; computed in fp32."""
-    e32, bias32, dh32, u32, du32, a32 = (x.astype(jnp.float32) for x in (e, bias, dh, u, du, a))
+    e32, bias32, dh32, u32, du32 = (x.astype(jnp.float32) for x in (e, bias, dh, u, du))
     h, pull = jax.vjp(PLAIN[activation], e32 + bias32)
-    (de,) = pull(dh32 + du32 @ a32)
+    (de,) = pull(dh32)
     return de.astype(e.dtype), de.T @ u32, du32.T @ h
 
 
-def _check(e: Array, bias: Array, dh: Array, columns: tuple[Array, ...], a: Array, activation: str) -> None:
+def _check(e: Array, bias: Array, dh: Array, columns: tuple[Array, ...], activation: str) -> None:
     faults = []
     if e.ndim != 2 or e.shape != dh.shape or bias.shape != (1, e.shape[-1]):
         faults.append(f"expected e and dh [N, F] and bias [1, F], got {e.shape}, {dh.shape} and {bias.shape}")
     wrong = [u.shape for u in columns if u.ndim != 2 or u.shape[0] != e.shape[0]]
     if wrong:
         faults.append(f"expected columns [{e.shape[0]}, R], got {', '.join(map(str, wrong))}")
-    if a.shape != (columns[-1].shape[-1], e.shape[-1]):
-        faults.append(f"expected a [{columns[-1].shape[-1]}, {e.shape[-1]}], got {list(a.shape)}")
-    dtypes = {str(x.dtype) for x in (e, bias, dh, *columns, a)}
+    dtypes = {str(x.dtype) for x in (e, bias, dh, *columns)}
     if len(dtypes) > 1:
         faults.append(f"expected one dtype, got {', '.join(sorted(dtypes))}")
     if activation not in PLAIN:
@@ -73,7 +68,7 @@ def _check(e: Array, bias: Array, dh: Array, columns: tuple[Array, ...], a: Arra
         raise ValueError("; ".join(faults))
 
 
-def _refuses(backend: str, e: Any, bias: Any, dh: Any, u: Any, du: Any, a: Any, *, activation: str) -> str | None:
+def _refuses(backend: str, e: Any, bias: Any, dh: Any, u: Any, du: Any, *, activation: str) -> str | None:
     """Of arrays, or of their shapes and dtypes."""
     return _BACKENDS[backend].refuses(e, (u.shape[1], du.shape[1]))
 
@@ -81,7 +76,6 @@ def _refuses(backend: str, e: Any, bias: Any, dh: Any, u: Any, du: Any, a: Any, 
 def _case(dtype: Any, *, rows: int, columns: int, ranks: tuple[int, int], **static: Any) -> Case:
     draw = np.random.default_rng(0)
     shapes = {"e": (rows, columns), "bias": (1, columns), "dh": (rows, columns), "u": (rows, ranks[0]), "du": (rows, ranks[1])}
-    shapes["a"] = (ranks[1], columns)
     return Case(arrays={name: jnp.asarray(draw.standard_normal(s), dtype) for name, s in shapes.items()}, static=static, wrt=())
 
 

@@ -23,9 +23,7 @@ class Config(gated_gradients.Config):
     SPLITS: int = 16
 
 
-def gradients(
-    e: Float[Array, "N F"], bias: Float[Array, "1 F"], dh: Float[Array, "N F"], u: Array, du: Array, a: Array, activation: str
-) -> Any:
+def gradients(e: Float[Array, "N F"], bias: Float[Array, "1 F"], dh: Float[Array, "N F"], u: Array, du: Array, activation: str) -> Any:
     """As `plain_gradients` returns them."""
     rows, columns = e.shape
     config = dataclasses.asdict(_tuned.config("plain_gradients", "triton", Config, (rows, columns, du.shape[1])))
@@ -34,7 +32,7 @@ def gradients(
     sums = [jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in ((columns, ranks["UP"]), (ranks["DOWN"], columns))]
     de, *parts = _triton.call(
         _triton.device_code().plain_gradients,
-        *(e, bias, dh, u, du, a),
+        *(e, bias, dh, u, du),
         out=(jax.ShapeDtypeStruct(e.shape, e.dtype), *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),
         config=config,

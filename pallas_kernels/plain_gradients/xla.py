@@ -6,15 +6,13 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.functions import Function
-from pallas_kernels.gated_gradients.xla import outer, refuses, with_update
+from pallas_kernels.gated_gradients.xla import outer, refuses
 
 __all__ = ["gradients", "refuses"]
 
 
-def gradients(
-    e: Float[Array, "N F"], bias: Float[Array, "1 F"], dh: Float[Array, "N F"], u: Array, du: Array, a: Array, activation: str
-) -> Any:
+def gradients(e: Float[Array, "N F"], bias: Float[Array, "1 F"], dh: Float[Array, "N F"], u: Array, du: Array, activation: str) -> Any:
     """As `plain_gradients` returns them."""
     h, pull = jax.vjp(lambda e: Function("plain", activation)(e, bias), e)
-    (de,) = pull(with_update(dh, du, a))
+    (de,) = pull(dh)
     return de, outer(de, u), outer(du, h)
