@@ -156,12 +156,12 @@ def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
-    act, rates, _ = how
+    act, rates, making = how
     inputs, hollow, weights, loras, keys, us, statistics = residuals
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    wide, du, dus, dbs = _plain_gradients(weights, loras, plain, dys, us)
+    wide, du, dus, dbs = _plain_gradients(weights, loras, plain, dys, us, making)
     dx = wide[:, : x.shape[1]]
     das = {} if du is None else dict(zip(plain, _split(_sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
@@ -177,7 +177,7 @@ project_rows.defvjp(_project_fwd, _project_bwd)
 
 
 def _plain_gradients(
-    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array]
+    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array], making: bool
 ) -> tuple[Array, Array | None, dict[int, Array], dict[int, Array]]:
     """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone, each
     adapter's dyᵀ u).
@@ -186,7 +186,8 @@ def _plain_gradients(
     """
     dtype = dys[0].dtype
     bs = [b for b in _padded_b(loras, dtype) if b is not None]
-    if len(plain) == len(weights) and goes_together(weights, bs[0].shape[1]):
+    # With fewer products after attention's backward, XLA would begin to fetch the block before from host memory later: too late.
+    if making and len(plain) == len(weights) and goes_together(weights, bs[0].shape[1]):
         dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
         sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))
         starts, firsts = _starts(w.shape[0] for w in weights), _starts(lora.rank for lora in plain.values())
@@ -233,7 +234,7 @@ def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Functi
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tuple[Any, ...]:
-    into, activation, _ = how
+    into, activation, making = how
     inputs, hollow, ys, bias, us, down_u, weights, loras, statistics = residuals
     down = loras[-1]
     du, a = dy @ _scaled(down, dy.dtype), down.a.astype(dy.dtype)
@@ -249,7 +250,7 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
         *dys, db, da = plain_gradients(e, bias, dh, us[0], du, activation=activation)
         dbs = [db]
     pairs = dict(enumerate(loras[:-1]))
-    dx, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), dict(enumerate(us.values())))
+    dx, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), us, making)
     assert both is not None
     x, pull = jax.vjp(into, *inputs)
     das = _split(_sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
