@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import results
 from benchmarks.kernel_sizes import DTYPE, SIZES, Size
@@ -64,13 +65,13 @@ def median_s(call: Call, inputs: Sequence[Any], *, programs: int = PROGRAMS) -> 
 
 
 def relative_error(found: Any, expected: Any) -> float:
-    """The largest of all arrays, in the Frobenius norm."""
+    """The largest of all arrays, in the Frobenius norm; NaN where one is."""
 
     def one(f: Any, e: Any) -> float:
         f, e = f.astype(jnp.float32), e.astype(jnp.float32)
         return float(jnp.linalg.norm((f - e).ravel()) / jnp.maximum(jnp.linalg.norm(e.ravel()), 1e-30))
 
-    return max(jax.tree.leaves(jax.tree.map(one, found, expected)))
+    return float(np.max(jax.tree.leaves(jax.tree.map(one, found, expected))))
 
 
 def limit_s(flops: float, nbytes: float) -> float:

@@ -2,15 +2,17 @@ import doctest
 import importlib
 import importlib.util
 import json
+import math
 import pathlib
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import absent_gpu, gate, jobs, kernel_sizes, longest, plot, results, train_step, tune, versus, workload
+from benchmarks import absent_gpu, gate, jobs, kernel_sizes, kernels, longest, plot, results, train_step, tune, versus, workload
 from benchmarks.geometries import GEOMETRIES, text_layers, with_layers
 from benchmarks.rivals import measure, torch_train, torch_vlm_train
 from jaxlora.models import registry
@@ -233,3 +235,10 @@ def test_the_tuner_keeps_the_fastest_that_is_right_for_what_kernels_read(tmp_pat
     assert _tuned.config("int4_matmul", "mosaic", mosaic_code.Config, (16, 64, 128)).block_m == 192
     assert _tuned.fastest("int4_matmul") == "mosaic" and _tuned.fastest("attention") is None
     assert "relative error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_result_that_is_no_number_is_the_largest_error(place):
+    found = [jnp.ones(3), jnp.ones(3)]
+    found[place] = found[place].at[1].set(jnp.nan)
+    assert math.isnan(kernels.relative_error(found, [jnp.ones(3), jnp.ones(3)]))

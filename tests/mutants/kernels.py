@@ -6,6 +6,10 @@ REFERENCE = "tests/pallas_kernels/test_against_reference.py"
 FLOAT8 = "tests/jaxlora/weights/test_float8.py"
 GATED = "tests/jaxlora/nn/test_gated.py"
 LINEAR = "tests/jaxlora/nn/test_linear.py"
+PENDING = "tests/jaxlora/nn/test_pending.py"
+FORMATS = "tests/jaxlora/weights/test_formats.py"
+FUNCTIONS = "tests/pallas_kernels/test_functions.py"
+CUDNN = "tests/pallas_kernels/test_attention_cudnn.py"
 TILES = "tests/jaxlora/nn/test_mlp.py"
 
 KERNEL_MUTANTS = [
@@ -53,6 +57,23 @@ KERNEL_MUTANTS = [
         "return de, outer(dh, u)",
         "sums over a gradient that the activation did not turn",
         REFERENCE,
+    ),
+    Mutant("pallas_kernels/gated_gradients/xla.py", "pull(with_update(dh, du, a))", "pull(dh)", "no gradient through down's A", REFERENCE),
+    Mutant("pallas_kernels/functions.py", "total -= jnp.sum(scaled", "total += jnp.sum(scaled", "a layer norm's mean is added", FUNCTIONS),
+    Mutant("jaxlora/weights/base.py", "(0, both.shape[1] - rank)", "(0, 0)", "du over the first of the gradients", FORMATS),
+    Mutant(
+        "pallas_kernels/attention/cudnn.py",
+        "all(error < 2e-2 for error in errors.values())",
+        "max(errors.values()) < 2e-2",
+        "a gradient that is no number passes",
+        CUDNN,
+    ),
+    Mutant(
+        "jaxlora/nn/products.py",
+        "sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]]",
+        "sums[starts[i] : starts[i + 1], : firsts[i + 1] - firsts[i]]",
+        "k's B gets the sums over q's columns",
+        PENDING,
     ),
     Mutant(
         "pallas_kernels/gated_gradients/xla.py",

@@ -88,8 +88,8 @@ MUTANTS = [
     ),
     Mutant(
         "jaxlora/nn/rope.py",
-        "jnp.concatenate([-second, first], axis=-1)",
-        "jnp.concatenate([second, -first], axis=-1)",
+        "jnp.array([-1, 1], cos.dtype)",
+        "jnp.array([1, -1], cos.dtype)",
         "rope turns backwards",
         ROPE,
     ),

@@ -14,8 +14,8 @@ VISION_MUTANTS = [
     Mutant("jaxlora/data/gemma3.py", "{self.eoi_token}\\n\\n", "{self.eoi_token}", "no line breaks after an image", GEMMA3_PROCESSOR),
     Mutant(
         "jaxlora/nn/vision.py",
-        "rope.rotate(qkv[:, :, i], shared.rope) for i in (0, 1)",
-        "rope.rotate(qkv[:, :, i], shared.rope) for i in (1, 0)",
+        "rope.rotate(t, shared.rope) for t in (q, k)",
+        "rope.rotate(t, shared.rope) for t in (k, q)",
         "q and k of the tower swapped",
         QWEN_VL,
     ),

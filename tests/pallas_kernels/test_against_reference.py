@@ -44,7 +44,7 @@ def test_result_and_gradients_equal_the_reference(name, case_name, backend, dtyp
     found = value_and_gradients(functools.partial(kernel.backends[backend], **case.tuning), varied, fixed)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     errors = jax.tree.map(relative_error, found, expected)
-    assert max(jax.tree.leaves(errors)) <= kernel.tolerance[dtype], errors
+    assert all(error <= kernel.tolerance[dtype] for error in jax.tree.leaves(errors)), errors
 
 
 def relative_error(found, expected) -> float:
