@@ -40,6 +40,10 @@ def gelu_tanh(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
+def _inverse_rms(eps: float, x32: Float[Array, "*N D"]) -> Float[Array, "*N 1"]:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+
+
 PLAIN = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
@@ -56,7 +60,7 @@ def rms_norm(eps: float, x: Float[Array, "*N D"], weight: Float[Array, "*ones D"
 @functools.partial(jax.jit, static_argnums=0)
 def _rms_norm_fwd(eps: float, x: Array, weight: Array) -> tuple[Array, Any]:
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    inverse = _inverse_rms(eps, x32)
     return ((x32 * inverse).astype(weight.dtype) * weight).astype(x.dtype), (x, weight, inverse)
 
 
@@ -92,7 +96,7 @@ def _layer_norm_fwd(eps: float, x: Array, weight: Array, bias: Array) -> tuple[A
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     centred = x32 - mean
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    inverse = _inverse_rms(eps, centred)
     y = centred * inverse * weight.astype(jnp.float32) + bias.astype(jnp.float32)
     return y.astype(x.dtype), (x, weight, bias, mean, inverse)
 
@@ -134,12 +138,15 @@ class Function:
 
     def statistics(self, x: Float[Array, "N F"]) -> Float[Array, "N S"] | None:
         """What a norm computes of each row, in fp32: 1 / rms, or 1 / std and the mean. None of an activation."""
-        if self.form not in ("rms_norm", "layer_norm"):
-            return None
         x32 = x.astype(jnp.float32)
-        mean = jnp.mean(x32, axis=1, keepdims=True) if self.form == "layer_norm" else jnp.zeros((len(x), 1), jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32 - mean), axis=1, keepdims=True) + self.eps)
-        return jnp.concatenate([inverse, mean], axis=1) if self.form == "layer_norm" else inverse
+        match self.form:
+            case "rms_norm":
+                return _inverse_rms(self.eps, x32)
+            case "layer_norm":
+                mean = jnp.mean(x32, axis=1, keepdims=True)
+                return jnp.concatenate([_inverse_rms(self.eps, x32 - mean), mean], axis=1)
+            case _:
+                return None
 
     def sum_over_rows(self, du: Float[Array, "N R"], inputs: Sequence[Array], statistics: Float[Array, "N S"]) -> Float[Array, "R F"]:
         """duᵀ · norm(*inputs) in fp32, of a norm whose `statistics` are known; the norm itself is not made.

@@ -37,7 +37,7 @@ from pallas_kernels.plain_gradients import plain_gradients
 
 type Activation = Callable[..., Array]
 type Rates = tuple[float, ...]
-# The last: whether kernels make what is multiplied.
+# The last: what `jaxlora.nn.linear.making_inputs` says.
 type How = tuple[Activation, Rates, bool]
 type Inputs = tuple[Array, ...]
 type Weights = tuple[AbstractWeight, ...]
@@ -128,7 +128,7 @@ def _wide_ys(both: Array, weights: Weights, loras: Loras, columns: Array) -> tup
     bs = [b for b in _padded_b(loras, both.dtype) if b is not None]
     if len(weights) > 1 and join(weights, both.shape[1] - columns.shape[1], columns.shape[1]):
         joined = named(product_beside(weights, both, jnp.concatenate(bs)))
-        return tuple(jnp.split(joined, list(itertools.accumulate(w.shape[0] for w in weights))[:-1], axis=1))
+        return tuple(jnp.split(joined, _starts(w.shape[0] for w in weights)[1:-1], axis=1))
     return tuple(named(product_beside((w,), both, b)) for w, b in zip(weights, bs, strict=True))
 
 
@@ -191,8 +191,7 @@ def _plain_gradients(
         dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
         sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))
         starts, firsts = _starts(w.shape[0] for w in weights), _starts(lora.rank for lora in plain.values())
-        blocks = {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
-        return dx, du, {}, blocks
+        return dx, du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
     dbs = {i: outer(dys[i], us[i]) for i, lora in enumerate(loras) if lora is not None}
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
         return *gradients_beside(dys, weights, bs, _stacked_a(plain, dtype)), {}, dbs
@@ -275,7 +274,7 @@ gated_rows = jax.custom_vjp(_gated_forward, nondiff_argnums=(0,))
 
 def _gated_fwd(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -> tuple[tuple[Array, Array, Array], Any]:
     activation, backend = how
-    us = {i: checkpoint_name(u, "lora_u") for i, u in _down((0.0, 0.0), x, loras, None).items()}
+    us = _kept(_down((0.0, 0.0), x, loras, None))
     columns, bs = _columns(loras, us, x.dtype) if us else (None, [])
     update: Any = (columns, *bs) if us else None
     gate, up = (w.packed() for w in weights)
@@ -312,7 +311,7 @@ def _stacked_a(loras: Mapping[int, LoRA], dtype: Any) -> Array:
 
 
 def _split(stacked: Array, loras: Mapping[int, LoRA], *, axis: int) -> list[Array]:
-    return jnp.split(stacked, list(itertools.accumulate(lora.rank for lora in loras.values()))[:-1], axis=axis)
+    return jnp.split(stacked, _starts(lora.rank for lora in loras.values())[1:-1], axis=axis)
 
 
 def _pair_gradient(lora: LoRA, da: Array, db: Array) -> LoRA:

@@ -21,8 +21,8 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
     matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work; there, unless ``unroll`` says
     otherwise, layers that are all alike are each compiled by themselves, because a loop would copy all that is kept. The R columns A·x of
     each adapter are kept by "dots" and "unsloth" and, where all layers are alike, by True: they are small, and recomputing them reads x
-    again. Where blocks are recomputed, the decoder's MLPs take at most 8,192 tokens at a time: more would need more memory and be no
-    faster.
+    again. So are a norm's statistics, which "dots" keeps where a kernel made the norm. Where blocks are recomputed, the decoder's MLPs take
+    at most 8,192 tokens at a time: more would need more memory and be no faster.
 
     >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint
     (True, False)
