@@ -1,8 +1,12 @@
 """Kernels: arrays in, arrays out."""
 
 from pallas_kernels._kernel import Case, Kernel, device
+from pallas_kernels.adapted_gated import KERNEL as _ADAPTED_GATED
+from pallas_kernels.adapted_gated import adapted_gated
 from pallas_kernels.attention import KERNEL as _ATTENTION
 from pallas_kernels.attention import attention, check_cudnn_packing
+from pallas_kernels.float8_rows import KERNEL as _FLOAT8_ROWS
+from pallas_kernels.float8_rows import float8_rows
 from pallas_kernels.gated_gradients import KERNEL as _GATED_GRADIENTS
 from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.int4_matmul import KERNEL as _INT4_MATMUL
@@ -22,7 +26,9 @@ from pallas_kernels.plain_gradients import plain_gradients
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
+        _ADAPTED_GATED,
         _ATTENTION,
+        _FLOAT8_ROWS,
         _GATED_GRADIENTS,
         _INT4_MATMUL,
         _LINEAR_CROSS_ENTROPY,
@@ -38,9 +44,11 @@ __all__ = [
     "Case",
     "Kernel",
     "Packed",
+    "adapted_gated",
     "attention",
     "check_cudnn_packing",
     "device",
+    "float8_rows",
     "gated_gradients",
     "int4_matmul",
     "linear_cross_entropy",

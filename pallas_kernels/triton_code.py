@@ -197,12 +197,15 @@ def store_sum(out, acc, split, columns, kept, N: tl.constexpr, R: tl.constexpr, 
 
 @triton.jit
 def gated_gradients(
-    e, g, dh, u_gate, u_up, du, a, de, dg, db_gate, db_up, da,
-    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    e, g, dh, u_gate, u_up, du, a, scales, de, dg, db_gate, db_up, da,
+    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
     R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """de, dg [M, N] of h = act(e) ∘ g under dh + du @ a, and for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N]."""
+    """de, dg [M, N] of h = act(e) ∘ g under dh + du @ a, the rows of dh times scales where ``SCALED``.
+
+    And for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N].
+    """
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_kept = columns < N
@@ -217,6 +220,8 @@ def gated_gradients(
         times = tl.load(g + place, mask=kept, other=0.0)
         # Accumulated, and du loaded twice: either saves moving a tile between layouts of registers.
         dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
+        if SCALED:
+            dvalue *= tl.load(scales + rows, mask=row_kept, other=0.0)[:, None]
         dvalue = tl.dot(rank_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), a_tile, dvalue)
         activated, slope = activate_with_slope(value, ACTIVATION)
         activated = activated.to(dtype)
@@ -356,3 +361,77 @@ def norm_gradient(
         g -= (tl.sum(g, axis=1) / N)[:, None]
     total = tl.load(past + at, mask=kept, other=0.0).to(tl.float32) + inverse[:, None] * (g - value * along[:, None])
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def scale_of(largest):
+    """largest / 448, e4m3's largest number; 1 of zeros."""
+    return tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
+
+
+@triton.jit
+def float8_rows(x, codes, scales, M: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """codes [M, N] = e4m3(x_i / scales_i), scales [M] = max|x_i| / 448; a row is one block."""
+    rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_kept = rows < M
+    kept, at = row_kept[:, None] & (columns < N)[None], rows[:, None].to(tl.int64) * N + columns[None]
+    value = tl.load(x + at, mask=kept, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.abs(value), axis=1))
+    tl.store(scales + rows, scale, mask=row_kept)
+    tl.store(codes + at, (value * (1.0 / scale)[:, None]).to(codes.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def adapted_gated(
+    raw_e, raw_g, e_scales, g_scales, u_gate, u_up, b_gate, b_up, a, e, g, h, u,
+    M: tl.constexpr, N: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """e [M, N] = e_scales_i · raw_e + u_gate @ b_gateᵀ, g likewise, h = act(e) ∘ g; b [N, R].
+
+    And u [p, M, R]: the part of h @ aᵀ, a [R, N], over the p-th ``COLUMNS`` columns.
+    """
+    tiles = tl.cdiv(M, BLOCK_M)
+    part, rows = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_kept, ranks = rows < M, tl.arange(0, BLOCK_R)
+    dtype: tl.constexpr = e.dtype.element_ty
+    e_scale = tl.load(e_scales + rows, mask=row_kept, other=0.0)[:, None]
+    g_scale = tl.load(g_scales + rows, mask=row_kept, other=0.0)[:, None]
+    gate, up = rank_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), rank_columns(u_up, rows, row_kept, R_UP, BLOCK_UP)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for first in range(0, COLUMNS, BLOCK_N):
+        columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
+        column_kept = columns < N
+        place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
+        gate_b = transposed_columns(b_gate, columns, column_kept, R_GATE, BLOCK_GATE)
+        up_b = transposed_columns(b_up, columns, column_kept, R_UP, BLOCK_UP)
+        value = tl.dot(gate, gate_b, tl.load(raw_e + place, mask=kept, other=0.0).to(tl.float32) * e_scale).to(dtype)
+        times = tl.dot(up, up_b, tl.load(raw_g + place, mask=kept, other=0.0).to(tl.float32) * g_scale).to(dtype)
+        made = activate(value.to(tl.float32), ACTIVATION).to(dtype) * times
+        tl.store(e + place, value, mask=kept)
+        tl.store(g + place, times, mask=kept)
+        tl.store(h + place, made, mask=kept)
+        inside = column_kept[:, None] & (ranks < R)[None]
+        acc = tl.dot(made, tl.load(a + ranks[None] * N + columns[:, None], mask=inside, other=0.0), acc)
+    place = (part * M + rows)[:, None].to(tl.int64) * R + ranks[None]
+    tl.store(u + place, acc, mask=row_kept[:, None] & (ranks < R)[None])
+
+
+@triton.jit
+def decode_over(
+    codes, scales, book, factor, out,
+    M: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [M, I'] = the weight [M, I'] / factor, rounded once, or its transpose [I', M] where ``TURNED``."""
+    GROUPS: tl.constexpr = (WIDTH + 63) // 64
+    tiles = tl.cdiv(GROUPS * 64, BLOCK_N)
+    rows, first = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M), (tl.program_id(0) % tiles) * BLOCK_N
+    row_kept, columns = rows < M, first + tl.arange(0, BLOCK_N)
+    w = weight_tile(codes, scales, book, rows, row_kept, first, WIDTH, FORMAT, BLOCK_N, tl.float32) * (1.0 / tl.load(factor))
+    w = w.to(out.dtype.element_ty)
+    kept = row_kept[:, None] & (columns < GROUPS * 64)[None]
+    if TURNED:
+        tl.store(out + columns[:, None].to(tl.int64) * M + rows[None], tl.trans(w), mask=tl.trans(kept))
+    else:
+        tl.store(out + rows[:, None].to(tl.int64) * (GROUPS * 64) + columns[None], w, mask=kept)

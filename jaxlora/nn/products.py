@@ -28,6 +28,7 @@ from jaxlora.weights.base import (
     product_beside,
 )
 from jaxlora.weights.lora import LoRA
+from pallas_kernels.adapted_gated import adapted_gated
 from pallas_kernels.functions import Function
 from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.lora_input import KERNEL as INPUT
@@ -219,11 +220,30 @@ def _mlp_fwd(
     how: tuple[Activation, str, bool], inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
 ) -> tuple[Array, Any]:
     into, activation, making = how
+    if bias is None and not any(w.decoded for w in weights[:-1]):
+        y, ys, us, down_u = _mlp_apart(into, activation, inputs, weights, loras)
+        return y, (inputs, _marked(hollow), ys, bias, us, down_u, weights, loras, None)
     alone = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
     ys, us, statistics = _products((into, alone[0], making), inputs, weights[:-1], loras[:-1], alone[1], None)
     act, wide = _activation(activation, ys, bias)
     (y,), down_us, _ = _products((act, (0.0,), making), wide, weights[-1:], loras[-1:], (None,), None)
     return y, (inputs, _marked(hollow), ys, bias, us, down_us[0], weights, loras, statistics)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mlp_apart(
+    into: Activation, activation: str, inputs: Inputs, weights: Weights, loras: tuple[LoRA, ...]
+) -> tuple[Array, Inputs, dict[int, Array], Array]:
+    """(y, (e, g), the first adapters' columns, down's) of a gated MLP whose first products are scaled by rows: with their updates, the
+    activation and down's columns in one pass.
+    """
+    x, (gate, up, down) = into(*inputs), loras
+    us = _kept(_down((0.0, 0.0), x, (gate, up), None))
+    (e, e_scales), (g, g_scales) = (apart for w in weights[:-1] if (apart := w.matmul_apart(x)) is not None)
+    bs = _scaled(gate, x.dtype), _scaled(up, x.dtype)
+    e, g, h, u = adapted_gated(e, g, e_scales, g_scales, us[0], us[1], *bs, down.a.astype(x.dtype), activation=activation)
+    u = checkpoint_name(u, "lora_u")
+    return named(weights[-1].matmul(h, (u, _scaled(down, x.dtype)))), (named(e), named(g)), us, u
 
 
 def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Function, Inputs]:
@@ -239,8 +259,9 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
     du, a = dy @ _scaled(down, dy.dtype), down.a.astype(dy.dtype)
     if bias is None:
         e, g = ys
-        dh = input_gradient(weights[-1:], (dy,))
-        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, a, activation=activation)
+        # Scaled by the kernel, where it is a product whose rows are to be.
+        dh, scales = weights[-1].matmul_t_apart(dy) or (input_gradient(weights[-1:], (dy,)), None)
+        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, a, scales=scales, activation=activation)
         dbs = [db_gate, db_up]
     else:
         (e,) = ys

@@ -85,6 +85,14 @@ class AbstractWeight(abc.ABC):
         dx = contract_first(dy, stacked((self,), dy.dtype))
         return dx if update is None else dx + contract_first(*update)
 
+    def matmul_apart(self, x: Float[Array, "N I"]) -> tuple[Float[Array, "N O"], Float[Array, " N"]] | None:
+        """(z, s) of x @ Wᵀ = s ∘ z, s being fp32 scales of the rows; None where products come without any."""
+        return None
+
+    def matmul_t_apart(self, dy: Float[Array, "N O"]) -> tuple[Float[Array, "N I"], Float[Array, " N"]] | None:
+        """(z, s) of dy @ W = s ∘ z, as of ``matmul_apart``."""
+        return None
+
     @property
     def nbytes(self) -> int:
         """Bytes of the stored arrays, stacked axis included."""

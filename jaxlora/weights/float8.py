@@ -9,9 +9,7 @@ import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import AbstractWeight, LowRank, contract_first, contract_last
-
-E4M3 = jnp.float8_e4m3fn
-_LARGEST = 448.0
+from pallas_kernels.float8_rows import E4M3, LARGEST, float8_rows
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +38,7 @@ class Float8(AbstractWeight):
         ((1, 2), 2.0)
         """
         largest = base.largest()
-        return cls(base, jnp.where(largest > 0, largest / _LARGEST, 1.0))
+        return cls(base, jnp.where(largest > 0, largest / LARGEST, 1.0))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,34 +76,32 @@ class Float8(AbstractWeight):
 
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ (+ u @ bᵀ)."""
-        added = None if update is None else contract_last(*update)
-        return self._product(x, self.base.columns_over(self.scale, E4M3), self.shape[0], added)
+        return _scaled(*self.matmul_apart(x), None if update is None else contract_last(*update))
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W (+ u @ a)."""
-        added = None if update is None else contract_first(*update)
+        return _scaled(*self.matmul_t_apart(dy), None if update is None else contract_first(*update))
+
+    def matmul_apart(self, x: Float[Array, "N I"]) -> tuple[Float[Array, "N O"], Float[Array, " N"]]:
+        """x₈ W₈ᵀ and scale · s, by which its rows are multiplied."""
+        return self._product(x, self.base.columns_over(self.scale, E4M3), self.shape[0])
+
+    def matmul_t_apart(self, dy: Float[Array, "N O"]) -> tuple[Float[Array, "N I"], Float[Array, " N"]]:
+        """dy₈ W₈ and scale · s, by which its rows are multiplied."""
         # The barrier: XLA would otherwise write the gradients that it fuses with in fp32, and read them again for their largest.
         dy = jax.lax.optimization_barrier(dy)
-        return self._product(dy, self.base.columns_over(self.scale, E4M3, transpose=True), self.shape[1], added)
+        return self._product(dy, self.base.columns_over(self.scale, E4M3, transpose=True), self.shape[1])
 
-    def _product(self, x: Float[Array, "N C"], w: Float[Array, "F D"], width: int, added: Array | None) -> Float[Array, "N width"]:
-        """scale · s_i · (x₈ wᵀ) + added; w may have padding beyond x's columns and beyond the result's."""
-        rounded, scales = rows_to_e4m3(jnp.pad(x, ((0, 0), (0, w.shape[1] - x.shape[1]))))
+    def _product(self, x: Float[Array, "N C"], w: Float[Array, "F D"], width: int) -> tuple[Float[Array, "N width"], Float[Array, " N"]]:
+        """(x₈ wᵀ, scale · s); w may have padding beyond x's columns and beyond the result's."""
+        rounded, scales = float8_rows(jnp.pad(x, ((0, 0), (0, w.shape[1] - x.shape[1]))))
         # The barrier: XLA would otherwise convert back and multiply in bf16.
         rounded, w = jax.lax.optimization_barrier((rounded, w))
         raw = jax.lax.dot_general(rounded, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)[:, :width]
-        y = raw.astype(jnp.float32) * (scales * self.scale)[:, None]
-        return (y if added is None else y + added).astype(x.dtype)
+        return raw, scales * self.scale
 
 
-def rows_to_e4m3(x: Float[Array, "N C"]) -> tuple[Float[Array, "N C"], Float[Array, " N"]]:
-    """(e4m3(x_i / s_i), s_i = max|x_i| / 448); a row of zeros has scale 1.
-
-    >>> rounded, scales = rows_to_e4m3(jnp.array([[1.0, -2.0], [0.0, 0.0]]))
-    >>> rounded.tolist(), scales.tolist()
-    ([[224.0, -448.0], [0.0, 0.0]], [0.0044642859138548374, 1.0])
-    """
-    largest = jnp.max(jnp.abs(x), axis=1).astype(jnp.float32)
-    scales = jnp.where(largest > 0, largest / _LARGEST, 1.0)
-    # One reciprocal a row: a division for each element takes longer than reading it.
-    return (x.astype(jnp.float32) * (1 / scales)[:, None]).astype(E4M3), scales
+def _scaled(raw: Float[Array, "N C"], scales: Float[Array, " N"], added: Array | None) -> Float[Array, "N C"]:
+    """scales_i · raw_i + added."""
+    y = raw.astype(jnp.float32) * scales[:, None]
+    return (y if added is None else y + added).astype(raw.dtype)

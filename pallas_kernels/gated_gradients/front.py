@@ -24,14 +24,18 @@ def gated_gradients(
     du: Float[Array, "N Rd"],
     a: Float[Array, "Rd F"],
     *,
+    scales: Float[Array, " N"] | None = None,
     activation: str = "silu",
     backend: str = "auto",
 ) -> tuple[Float[Array, "N F"], Float[Array, "N F"], Float[Array, "F Rg"], Float[Array, "F Ru"], Float[Array, "Rd F"]]:
-    """(de, dg, deᵀ u_gate, dgᵀ u_up, duᵀ h) of h = act(e) ∘ g under the cotangent t = dh + du a: de = t ∘ g ∘ act'(e), dg = t ∘ act(e).
+    """(de, dg, deᵀ u_gate, dgᵀ u_up, duᵀ h) of h = act(e) ∘ g under the cotangent t = scales ∘ dh + du a.
+
+    de = t ∘ g ∘ act'(e) and dg = t ∘ act(e).
 
     These are the gradients by a gated MLP's two projections, by the B of their adapters (u = A x) and by the A of the adapter of the
-    projection that follows, whose part of t comes as du = dy (s B) and its A, and what comes through its weight as dh. de and dg come in
-    e's dtype, the sums over the rows in fp32, of values rounded to e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing
+    projection that follows, whose part of t comes as du = dy (s B) and its A, and what comes through its weight as dh, whose rows fp32
+    ``scales`` multiply where it comes without them. de and dg come in e's dtype, the sums over the rows in fp32, of values rounded to
+    e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing
     else that is wide: t, h, de and dg are not read again.
 
     >>> import jax.numpy as jnp
@@ -43,22 +47,31 @@ def gated_gradients(
       ValueError: shapes or dtypes disagree, or nobody knows the activation or the backend.
       NotImplementedError: the named backend cannot run this call; the text says why.
     """
-    _check(e, g, dh, (u_gate, u_up, du), a, activation)
-    chosen = KERNEL.choose(backend, e, g, dh, u_gate, u_up, du, a, activation=activation)
-    return _BACKENDS[chosen].gradients(e, g, dh, (u_gate, u_up), du, a, activation)
+    _check(e, g, dh, (u_gate, u_up, du), a, scales, activation)
+    chosen = KERNEL.choose(backend, e, g, dh, u_gate, u_up, du, a, scales=scales, activation=activation)
+    return _BACKENDS[chosen].gradients(e, g, dh, (u_gate, u_up), du, a, scales, activation)
 
 
 def reference(
-    e: Array, g: Array, dh: Array, u_gate: Array, u_up: Array, du: Array, a: Array, *, activation: str = "silu"
+    e: Array,
+    g: Array,
+    dh: Array,
+    u_gate: Array,
+    u_up: Array,
+    du: Array,
+    a: Array,
+    *,
+    scales: Array | None = None,
+    activation: str = "silu",
 ) -> tuple[Array, ...]:
     """The arguments and results of `gated_gradients`, by autodiff of the definition; computed in fp32."""
     e32, g32, dh32, u_gate32, u_up32, du32, a32 = (x.astype(jnp.float32) for x in (e, g, dh, u_gate, u_up, du, a))
     h, pull = jax.vjp(lambda e, g: ACTIVATIONS[activation](e) * g, e32, g32)
-    de, dg = pull(dh32 + du32 @ a32)
+    de, dg = pull((dh32 if scales is None else scales[:, None] * dh32) + du32 @ a32)
     return de.astype(e.dtype), dg.astype(e.dtype), de.T @ u_gate32, dg.T @ u_up32, du32.T @ h
 
 
-def _check(e: Array, g: Array, dh: Array, columns: tuple[Array, ...], a: Array, activation: str) -> None:
+def _check(e: Array, g: Array, dh: Array, columns: tuple[Array, ...], a: Array, scales: Array | None, activation: str) -> None:
     faults = []
     if e.ndim != 2 or not e.shape == g.shape == dh.shape:
         faults.append(f"expected e, g and dh [N, F], got {e.shape}, {g.shape} and {dh.shape}")
@@ -67,6 +80,8 @@ def _check(e: Array, g: Array, dh: Array, columns: tuple[Array, ...], a: Array, 
         faults.append(f"expected columns [{e.shape[0]}, R], got {', '.join(map(str, wrong))}")
     if a.shape != (columns[-1].shape[-1], e.shape[-1]):
         faults.append(f"expected a [{columns[-1].shape[-1]}, {e.shape[-1]}], got {list(a.shape)}")
+    if scales is not None and (scales.shape != e.shape[:1] or scales.dtype != jnp.float32):
+        faults.append(f"expected scales [{e.shape[0]}] in float32, got {scales.shape} {scales.dtype}")
     dtypes = {str(x.dtype) for x in (e, g, dh, *columns, a)}
     if len(dtypes) > 1:
         faults.append(f"expected one dtype, got {', '.join(sorted(dtypes))}")
@@ -76,16 +91,21 @@ def _check(e: Array, g: Array, dh: Array, columns: tuple[Array, ...], a: Array, 
         raise ValueError("; ".join(faults))
 
 
-def _refuses(backend: str, e: Any, g: Any, dh: Any, u_gate: Any, u_up: Any, du: Any, a: Any, *, activation: str = "silu") -> str | None:
+def _refuses(
+    backend: str, e: Any, g: Any, dh: Any, u_gate: Any, u_up: Any, du: Any, a: Any, *, scales: Any = None, activation: str = "silu"
+) -> str | None:
     """Of arrays, or of their shapes and dtypes."""
     return _BACKENDS[backend].refuses(e, tuple(u.shape[1] for u in (u_gate, u_up, du)))
 
 
-def _case(dtype: Any, *, rows: int, columns: int, ranks: tuple[int, int, int], **static: Any) -> Case:
+def _case(dtype: Any, *, rows: int, columns: int, ranks: tuple[int, int, int], scaled: bool = False, **static: Any) -> Case:
     draw = np.random.default_rng(0)
     shapes = {name: (rows, columns) for name in ("e", "g", "dh")}
     shapes |= {name: (rows, rank) for name, rank in zip(("u_gate", "u_up", "du"), ranks, strict=True)} | {"a": (ranks[2], columns)}
-    return Case(arrays={name: jnp.asarray(draw.standard_normal(s), dtype) for name, s in shapes.items()}, static=static, wrt=())
+    arrays = {name: jnp.asarray(draw.standard_normal(s), dtype) for name, s in shapes.items()}
+    if scaled:
+        arrays["scales"] = jnp.asarray(0.5 + draw.random(rows), jnp.float32)
+    return Case(arrays=arrays, static=static, wrt=())
 
 
 CASES = {
@@ -93,6 +113,7 @@ CASES = {
     "gelu": functools.partial(_case, rows=128, columns=64, ranks=(8, 8, 8), activation="gelu"),
     "gelu_tanh": functools.partial(_case, rows=128, columns=128, ranks=(16, 16, 16), activation="gelu_tanh"),
     "ragged_everywhere": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20)),
+    "scaled": functools.partial(_case, rows=173, columns=128, ranks=(16, 16, 16), scaled=True),
     "fewer_rows_than_parts": functools.partial(_case, rows=3, columns=80, ranks=(16, 8, 4)),
 }
 

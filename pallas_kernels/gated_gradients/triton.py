@@ -32,7 +32,14 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 
 def gradients(
-    e: Float[Array, "N F"], g: Float[Array, "N F"], dh: Float[Array, "N F"], us: tuple[Array, Array], du: Array, a: Array, activation: str
+    e: Float[Array, "N F"],
+    g: Float[Array, "N F"],
+    dh: Float[Array, "N F"],
+    us: tuple[Array, Array],
+    du: Array,
+    a: Array,
+    scales: Float[Array, " N"] | None,
+    activation: str,
 ) -> Any:
     """As `gated_gradients` returns them."""
     rows, columns = e.shape
@@ -45,13 +52,15 @@ def gradients(
     names = ("GATE", "UP", "DOWN")
     de, dg, *parts = _triton.call(
         _triton.device_code().gated_gradients,
-        *(e, g, dh, *us, du, a),
+        # What is not SCALED reads no scales.
+        *(e, g, dh, *us, du, a, du if scales is None else scales),
         out=(wide, wide, *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),
         config=config,
         # Where e and dh are not needed any more; each element is read by the program that overwrites it.
         in_place={0: 0, 2: 1},
         **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
+        SCALED=scales is not None,
         **{f"R_{name}": rank for name, rank in zip(names, ranks, strict=True)},
         **{f"BLOCK_{name}": block_r(rank) for name, rank in zip(names, ranks, strict=True)},
     )

@@ -16,18 +16,26 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 
 def gradients(
-    e: Float[Array, "N F"], g: Float[Array, "N F"], dh: Float[Array, "N F"], us: tuple[Array, Array], du: Array, a: Array, activation: str
+    e: Float[Array, "N F"],
+    g: Float[Array, "N F"],
+    dh: Float[Array, "N F"],
+    us: tuple[Array, Array],
+    du: Array,
+    a: Array,
+    scales: Float[Array, " N"] | None,
+    activation: str,
 ) -> Any:
     """As `gated_gradients` returns them."""
     h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
-    de, dg = pull(with_update(dh, du, a))
+    de, dg = pull(with_update(dh, du, a, scales))
     return de, dg, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)
 
 
-def with_update(dh: Float[Array, "N F"], du: Float[Array, "N R"], a: Float[Array, "R F"]) -> Float[Array, "N F"]:
-    """dh + du @ a, added in fp32."""
+def with_update(dh: Float[Array, "N F"], du: Float[Array, "N R"], a: Float[Array, "R F"], scales: Array | None) -> Float[Array, "N F"]:
+    """scales ∘ dh + du @ a, added in fp32."""
     update = jax.lax.dot_general(du, a, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return (dh.astype(jnp.float32) + update).astype(dh.dtype)
+    scaled = dh.astype(jnp.float32) if scales is None else dh.astype(jnp.float32) * scales[:, None]
+    return (scaled + update).astype(dh.dtype)
 
 
 def outer(a: Float[Array, "N P"], b: Float[Array, "N Q"]) -> Float[Array, "P Q"]:

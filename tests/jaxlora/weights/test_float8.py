@@ -7,9 +7,10 @@ import pytest
 
 from jaxlora.weights.base import input_gradient
 from jaxlora.weights.dense import Dense
-from jaxlora.weights.float8 import E4M3, Float8, rows_to_e4m3
+from jaxlora.weights.float8 import Float8
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.nf4 import NF4
+from pallas_kernels.float8_rows import E4M3, float8_rows
 from tests.tolerances import E4M3_PRODUCT, FLOAT8_INT4_ERROR, FLOAT8_ROUNDING, ROUNDED_BF16
 
 every_format = pytest.mark.parametrize("form", [Dense, Int4.quantise, NF4.quantise], ids=["dense", "int4", "nf4"])
@@ -87,5 +88,5 @@ def test_on_a_gpu_products_are_those_of_the_rounded_operands(form):
     leaf = Float8.of(form(draw(0, 512, 256) / 16))
     x, dy = draw(1, 384, 256).astype(jnp.bfloat16), draw(2, 384, 512).astype(jnp.bfloat16)
     for found, operand, weight in ((leaf.matmul(x), x, rounded(leaf).T), (leaf.matmul_t(dy), dy, rounded(leaf))):
-        codes, scales = rows_to_e4m3(operand)
+        codes, scales = float8_rows(operand)
         assert distance(found, (codes.astype(jnp.float32) * scales[:, None]) @ weight) <= 2 * ROUNDED_BF16
