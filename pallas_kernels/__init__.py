@@ -7,6 +7,8 @@ from pallas_kernels.attention import KERNEL as _ATTENTION
 from pallas_kernels.attention import attention, check_cudnn_packing
 from pallas_kernels.float8_rows import KERNEL as _FLOAT8_ROWS
 from pallas_kernels.float8_rows import float8_rows
+from pallas_kernels.float8_transposed import KERNEL as _FLOAT8_TRANSPOSED
+from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.gated_gradients import KERNEL as _GATED_GRADIENTS
 from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.int4_matmul import KERNEL as _INT4_MATMUL
@@ -29,6 +31,7 @@ KERNELS: dict[str, Kernel] = {
         _ADAPTED_GATED,
         _ATTENTION,
         _FLOAT8_ROWS,
+        _FLOAT8_TRANSPOSED,
         _GATED_GRADIENTS,
         _INT4_MATMUL,
         _LINEAR_CROSS_ENTROPY,
@@ -49,6 +52,7 @@ __all__ = [
     "check_cudnn_packing",
     "device",
     "float8_rows",
+    "float8_transposed",
     "gated_gradients",
     "int4_matmul",
     "linear_cross_entropy",

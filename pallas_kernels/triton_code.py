@@ -419,19 +419,14 @@ def adapted_gated(
 
 
 @triton.jit
-def decode_over(
+def float8_transposed(
     codes, scales, book, factor, out,
-    M: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    M: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [M, I'] = the weight [M, I'] / factor, rounded once, or its transpose [I', M] where ``TURNED``."""
-    GROUPS: tl.constexpr = (WIDTH + 63) // 64
-    tiles = tl.cdiv(GROUPS * 64, BLOCK_N)
+    """out [WIDTH, M] = (W / factor)ᵀ of a weight [M, WIDTH] of whole groups, each element rounded once."""
+    tiles = tl.cdiv(WIDTH, BLOCK_N)
     rows, first = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M), (tl.program_id(0) % tiles) * BLOCK_N
     row_kept, columns = rows < M, first + tl.arange(0, BLOCK_N)
     w = weight_tile(codes, scales, book, rows, row_kept, first, WIDTH, FORMAT, BLOCK_N, tl.float32) * (1.0 / tl.load(factor))
-    w = w.to(out.dtype.element_ty)
-    kept = row_kept[:, None] & (columns < GROUPS * 64)[None]
-    if TURNED:
-        tl.store(out + columns[:, None].to(tl.int64) * M + rows[None], tl.trans(w), mask=tl.trans(kept))
-    else:
-        tl.store(out + rows[:, None].to(tl.int64) * (GROUPS * 64) + columns[None], w, mask=kept)
+    turned = tl.trans(w.to(out.dtype.element_ty))
+    tl.store(out + columns[:, None].to(tl.int64) * M + rows[None], turned, mask=(columns < WIDTH)[:, None] & row_kept[None])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float, UInt32
+from pallas_kernels.float8_rows import E4M3
 from pallas_kernels.packed import Weight, pair, pair_columns, unpair
 
 type LowRank = tuple[Array, Array]
@@ -52,9 +53,9 @@ class AbstractWeight(abc.ABC):
     def largest(self) -> Float[Array, "*layers"]:
         """A bound of the magnitudes of the weight (of each layer, in a stack), in fp32: reached, or nearly so."""
 
-    def columns_over(self, scale: Float[Array, ""], dtype: Any, *, transpose: bool = False) -> Float[Array, "rows columns"]:
-        """w / scale rounded once to ``dtype``, [O, I'] or transposed [I', O], with zeros where storage pads I to I'."""
-        w = (self.dequantise().astype(jnp.float32) / scale).astype(dtype)
+    def float8(self, scale: Float[Array, ""], *, transpose: bool = False) -> Float[Array, "rows columns"]:
+        """e4m3(w / scale), rounded once, [O, I'] or transposed [I', O], with zeros where storage pads I to I'."""
+        w = (self.dequantise().astype(jnp.float32) / scale).astype(E4M3)
         return w.T if transpose else w
 
     def packed(self) -> Weight | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import AbstractWeight, LowRank, contract_first, contract_last
-from pallas_kernels.float8_rows import E4M3, LARGEST, float8_rows
+from pallas_kernels.float8_rows import LARGEST, float8_rows
 
 
 @jax.tree_util.register_dataclass
@@ -84,13 +84,13 @@ class Float8(AbstractWeight):
 
     def matmul_apart(self, x: Float[Array, "N I"]) -> tuple[Float[Array, "N O"], Float[Array, " N"]]:
         """x₈ W₈ᵀ and scale · s, by which its rows are multiplied."""
-        return self._product(x, self.base.columns_over(self.scale, E4M3), self.shape[0])
+        return self._product(x, self.base.float8(self.scale), self.shape[0])
 
     def matmul_t_apart(self, dy: Float[Array, "N O"]) -> tuple[Float[Array, "N I"], Float[Array, " N"]]:
         """dy₈ W₈ and scale · s, by which its rows are multiplied."""
         # The barrier: XLA would otherwise write the gradients that it fuses with in fp32, and read them again for their largest.
         dy = jax.lax.optimization_barrier(dy)
-        return self._product(dy, self.base.columns_over(self.scale, E4M3, transpose=True), self.shape[1])
+        return self._product(dy, self.base.float8(self.scale, transpose=True), self.shape[1])
 
     def _product(self, x: Float[Array, "N C"], w: Float[Array, "F D"], width: int) -> tuple[Float[Array, "N width"], Float[Array, " N"]]:
         """(x₈ wᵀ, scale · s); w may have padding beyond x's columns and beyond the result's."""

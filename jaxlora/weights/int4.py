@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxlora.typing import Array, Float, Int, UInt8, UInt32
 from jaxlora.weights.base import AbstractWeight, LowRank, abstract
 from jaxlora.weights.dense import Dense
+from pallas_kernels.float8_rows import E4M3
+from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.packed import GROUP, Packed, interleave, pair
 
 
@@ -78,9 +80,9 @@ class Int4(AbstractWeight):
         """8 · max|scale|: code -8 may occur."""
         return 8 * jnp.max(jnp.abs(self.scales), axis=(-2, -1)).astype(jnp.float32)
 
-    def columns_over(self, scale: Float[Array, ""], dtype: Any, *, transpose: bool = False) -> Float[Array, "rows columns"]:
-        """From the codes, which are a quarter of the decoded weight to turn around."""
-        return self.packed().over(scale, dtype, transpose=transpose)
+    def float8(self, scale: Float[Array, ""], *, transpose: bool = False) -> Float[Array, "rows columns"]:
+        """From the codes."""
+        return float8_transposed(self.packed(), scale) if transpose else self.packed().over(scale, E4M3)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""

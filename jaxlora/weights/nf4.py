@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from conversion.formats import bnb
 from jaxlora.typing import Array, Float, UInt8, UInt32
 from jaxlora.weights.base import AbstractWeight, abstract
+from pallas_kernels.float8_rows import E4M3
+from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.packed import Packed, interleave, pair, repeat_each
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -127,11 +129,11 @@ class NF4(AbstractWeight):
             return jax.vmap(lambda leaf: leaf.largest())(self)
         return jnp.max(jnp.abs(self.code_book)) * jnp.max(jnp.abs(self._scales()))
 
-    def columns_over(self, scale: Float[Array, ""], dtype: Any, *, transpose: bool = False) -> Float[Array, "rows columns"]:
+    def float8(self, scale: Float[Array, ""], *, transpose: bool = False) -> Float[Array, "rows columns"]:
         """From the codes where blocks end at row ends."""
         if not self.in_rows:
-            return super().columns_over(scale, dtype, transpose=transpose)
-        return self._in_rows().over(scale, dtype, transpose=transpose)
+            return super().float8(scale, transpose=transpose)
+        return float8_transposed(self._in_rows(), scale) if transpose else self._in_rows().over(scale, E4M3)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""

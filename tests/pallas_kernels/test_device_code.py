@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import KERNELS, _triton
 from pallas_kernels.adapted_gated import triton as adapted_backend
 from pallas_kernels.float8_rows import triton as rows_backend
+from pallas_kernels.float8_transposed import triton as turned_backend
 from pallas_kernels.gated_gradients import triton as gradients_backend
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul import triton as product_backend
@@ -28,6 +29,7 @@ TRITON = {
     "lora_swiglu": gated_backend,
     "adapted_gated": adapted_backend,
     "float8_rows": rows_backend,
+    "float8_transposed": turned_backend,
     "gated_gradients": gradients_backend,
     "lora_input": input_backend,
     "plain_gradients": plain_backend,
@@ -164,5 +166,5 @@ class NAMES:
 
     matmul, matmul_t, gated, gated_gradients = "matmul", "matmul_t", "gated", "gated_gradients"
     plain_gradients, norm_gradient = "plain_gradients", "norm_gradient"
-    adapted_gated, float8_rows = "adapted_gated", "float8_rows"
+    adapted_gated, float8_rows, float8_transposed = "adapted_gated", "float8_rows", "float8_transposed"
     activated_input, normed_input = "activated_input", "normed_input"

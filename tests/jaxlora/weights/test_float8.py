@@ -10,7 +10,7 @@ from jaxlora.weights.dense import Dense
 from jaxlora.weights.float8 import Float8
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.nf4 import NF4
-from pallas_kernels.float8_rows import E4M3, float8_rows
+from pallas_kernels.float8_rows import float8_rows
 from tests.tolerances import E4M3_PRODUCT, FLOAT8_INT4_ERROR, FLOAT8_ROUNDING, ROUNDED_BF16
 
 every_format = pytest.mark.parametrize("form", [Dense, Int4.quantise, NF4.quantise], ids=["dense", "int4", "nf4"])
@@ -26,7 +26,7 @@ def distance(found, expected):
 
 
 def rounded(leaf):
-    return leaf.base.columns_over(leaf.scale, E4M3).astype(jnp.float32)[:, : leaf.shape[1]] * leaf.scale
+    return leaf.base.float8(leaf.scale).astype(jnp.float32)[:, : leaf.shape[1]] * leaf.scale
 
 
 def test_rounding_int4_to_e4m3_adds_the_documented_error():
@@ -49,7 +49,7 @@ class TestEveryFormat:
 
     def test_transposed_columns_are_the_columns_transposed(self, form, shape):
         leaf = Float8.of(form(draw(1, *shape)))
-        straight, turned = (leaf.base.columns_over(leaf.scale, E4M3, transpose=t) for t in (False, True))
+        straight, turned = (leaf.base.float8(leaf.scale, transpose=t) for t in (False, True))
         np.testing.assert_array_equal(straight.T.astype(jnp.float32), turned.astype(jnp.float32))
 
     def test_updates_keep_their_precision(self, form, shape):
