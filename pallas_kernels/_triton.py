@@ -27,6 +27,13 @@ def device_code() -> Any:
     return triton_code
 
 
+def float8_code() -> Any:
+    """The module of the kernels around products in e4m3."""
+    from pallas_kernels import triton_float8
+
+    return triton_float8
+
+
 def call(
     kernel: Any,
     *arguments: Any,

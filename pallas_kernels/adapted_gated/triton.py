@@ -1,4 +1,4 @@
-"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_code`."""
+"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_float8`."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ class Config:
     BLOCK_N: int = 128
     SPLITS: int = 4
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
 
 
 def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
@@ -40,7 +40,7 @@ def made(
     splits = config.pop("SPLITS")
     wide = jax.ShapeDtypeStruct(e.shape, e.dtype)
     made_e, made_g, h, parts = _triton.call(
-        _triton.device_code().adapted_gated,
+        _triton.float8_code().adapted_gated,
         *(e, g, e_scales, g_scales, u_gate, u_up, b_gate, b_up, a),
         out=(wide, wide, wide, jax.ShapeDtypeStruct((splits, rows, ranks["R"]), jnp.float32)),
         grid=(-(-rows // config["BLOCK_M"]) * splits,),

@@ -1,4 +1,4 @@
-"""One Triton kernel, sm89 and up; the device code is `pallas_kernels.triton_code`."""
+"""One Triton kernel, sm89 and up; the device code is `pallas_kernels.triton_float8`."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def rows(x: Float[Array, "N C"]) -> tuple[Float[Array, "N C"], Float[Array, " N"
     count, columns = x.shape
     config = dataclasses.asdict(_tuned.config("float8_rows", "triton", Config, x.shape))
     return _triton.call(
-        _triton.device_code().float8_rows,
+        _triton.float8_code().float8_rows,
         x,
         out=(jax.ShapeDtypeStruct(x.shape, E4M3), jax.ShapeDtypeStruct((count,), jnp.float32)),
         grid=(-(-count // config["BLOCK_M"]),),

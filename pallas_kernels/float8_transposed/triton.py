@@ -1,4 +1,4 @@
-"""One Triton kernel, sm89 and up; the device code is `pallas_kernels.triton_code`."""
+"""One Triton kernel, sm89 and up; the device code is `pallas_kernels.triton_float8`."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def transposed(weight: Packed, scale: Float[Array, ""]) -> Float[Array, "columns
     config = dataclasses.asdict(_tuned.config("float8_transposed", "triton", Config, (rows, columns)))
     config["BLOCK_N"] = max(config["BLOCK_N"], GROUP)
     return _triton.call(
-        _triton.device_code().float8_transposed,
+        _triton.float8_code().float8_transposed,
         *(weight.codes, weight.scales, weight.scales if weight.code_book is None else weight.code_book, scale.reshape(1)),
         out=jax.ShapeDtypeStruct((columns, rows), E4M3),
         grid=(-(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"]),),

@@ -1,28 +1,33 @@
-"""Runs the Triton kernels of pallas_kernels/triton_code.py in Triton's interpreter, on a CPU: ``run_triton.py CALLS.npz RESULTS.npz``.
+"""Runs the Triton kernels of pallas_kernels in Triton's interpreter, on a CPU: ``run_triton.py CALLS.npz RESULTS.npz``.
 
 CALLS.npz has, for each call, ``<call>/<argument>`` in the order of the kernel's arguments and ``<call>`` itself: a JSON of the kernel's
 name, its constants, the numbers of arguments and of programs and the shapes of its outputs, which start as NaN so that what is not
 written shows.
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
 import sys
+import types
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
 
-CODE = pathlib.Path(__file__).parents[2] / "pallas_kernels" / "triton_code.py"
+MODULES = ("triton_code", "triton_float8")
 
 
 def main(calls: str, results: str) -> None:
-    spec = importlib.util.spec_from_file_location("triton_code", CODE)
-    code = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(code)
+    # The package without its __init__, which imports JAX.
+    package = types.ModuleType("pallas_kernels")
+    package.__path__ = [str(pathlib.Path(__file__).parents[2] / "pallas_kernels")]
+    sys.modules["pallas_kernels"] = package
+    code = {}
+    for name in MODULES:
+        code |= vars(importlib.import_module(f"pallas_kernels.{name}"))
     made = {}
     with np.load(calls) as file:
         for name in (name for name in file.files if "/" not in name):
@@ -30,7 +35,7 @@ def main(calls: str, results: str) -> None:
             given = [file[f"{name}/{i}"] for i in range(call["arguments"])]
             arguments = [torch.from_numpy(value.copy()) if value.ndim else value.item() for value in given]
             outputs = [torch.full(shape, float("nan")) for shape in call["outputs"]]
-            getattr(code, call["kernel"])[(call["programs"],)](*arguments, *outputs, **call["constants"])
+            code[call["kernel"]][(call["programs"],)](*arguments, *outputs, **call["constants"])
             made |= {f"{name}/{i}": out.numpy() for i, out in enumerate(outputs)}
     np.savez(results, **made)
 

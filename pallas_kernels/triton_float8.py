@@ -1,0 +1,75 @@
+"""The device code of what surrounds products in e4m3; as `pallas_kernels.triton_code`, it imports nothing but Triton besides that."""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from pallas_kernels.triton_code import activate, rank_columns, transposed_columns, weight_tile
+
+
+@triton.jit
+def scale_of(largest):
+    """largest / 448, e4m3's largest number; 1 of zeros."""
+    return tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
+
+
+@triton.jit
+def float8_rows(x, codes, scales, M: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """codes [M, N] = e4m3(x_i / scales_i), scales [M] = max|x_i| / 448; a row is one block."""
+    rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_kept = rows < M
+    kept, at = row_kept[:, None] & (columns < N)[None], rows[:, None].to(tl.int64) * N + columns[None]
+    value = tl.load(x + at, mask=kept, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.abs(value), axis=1))
+    tl.store(scales + rows, scale, mask=row_kept)
+    tl.store(codes + at, (value * (1.0 / scale)[:, None]).to(codes.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def adapted_gated(
+    raw_e, raw_g, e_scales, g_scales, u_gate, u_up, b_gate, b_up, a, e, g, h, u,
+    M: tl.constexpr, N: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """e [M, N] = e_scales_i · raw_e + u_gate @ b_gateᵀ, g likewise, h = act(e) ∘ g; b [N, R].
+
+    And u [p, M, R]: the part of h @ aᵀ, a [R, N], over the p-th ``COLUMNS`` columns.
+    """
+    tiles = tl.cdiv(M, BLOCK_M)
+    part, rows = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_kept, ranks = rows < M, tl.arange(0, BLOCK_R)
+    dtype: tl.constexpr = e.dtype.element_ty
+    e_scale = tl.load(e_scales + rows, mask=row_kept, other=0.0)[:, None]
+    g_scale = tl.load(g_scales + rows, mask=row_kept, other=0.0)[:, None]
+    gate, up = rank_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), rank_columns(u_up, rows, row_kept, R_UP, BLOCK_UP)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for first in range(0, COLUMNS, BLOCK_N):
+        columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
+        column_kept = columns < N
+        place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
+        gate_b = transposed_columns(b_gate, columns, column_kept, R_GATE, BLOCK_GATE)
+        up_b = transposed_columns(b_up, columns, column_kept, R_UP, BLOCK_UP)
+        value = tl.dot(gate, gate_b, tl.load(raw_e + place, mask=kept, other=0.0).to(tl.float32) * e_scale).to(dtype)
+        times = tl.dot(up, up_b, tl.load(raw_g + place, mask=kept, other=0.0).to(tl.float32) * g_scale).to(dtype)
+        made = activate(value.to(tl.float32), ACTIVATION).to(dtype) * times
+        tl.store(e + place, value, mask=kept)
+        tl.store(g + place, times, mask=kept)
+        tl.store(h + place, made, mask=kept)
+        inside = column_kept[:, None] & (ranks < R)[None]
+        acc = tl.dot(made, tl.load(a + ranks[None] * N + columns[:, None], mask=inside, other=0.0), acc)
+    place = (part * M + rows)[:, None].to(tl.int64) * R + ranks[None]
+    tl.store(u + place, acc, mask=row_kept[:, None] & (ranks < R)[None])
+
+
+@triton.jit
+def float8_transposed(
+    codes, scales, book, factor, out,
+    M: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [WIDTH, M] = (W / factor)ᵀ of a weight [M, WIDTH] of whole groups, each element rounded once."""
+    tiles = tl.cdiv(WIDTH, BLOCK_N)
+    rows, first = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M), (tl.program_id(0) % tiles) * BLOCK_N
+    row_kept, columns = rows < M, first + tl.arange(0, BLOCK_N)
+    w = weight_tile(codes, scales, book, rows, row_kept, first, WIDTH, FORMAT, BLOCK_N, tl.float32) * (1.0 / tl.load(factor))
+    turned = tl.trans(w.to(out.dtype.element_ty))
+    tl.store(out + columns[:, None].to(tl.int64) * M + rows[None], turned, mask=(columns < WIDTH)[:, None] & row_kept[None])
