@@ -60,6 +60,11 @@ JOBS: Mapping[str, Job] = {
         ours="--remat dots --compute float8",
         rivals={"unsloth": _text("--stack unsloth --gc off", 1.3, 1.6)},
     ),
+    "8b-small-fp8": Job(
+        model="llama-3.1-8b",
+        ours="--remat unsloth --compute float8",
+        rivals={"unsloth": _text("--stack unsloth --gc unsloth", 1.3, 1.6)},
+    ),
     "8b-nf4": Job(
         model="llama-3.1-8b",
         ours="--remat dots --weights nf4",
@@ -88,6 +93,17 @@ JOBS: Mapping[str, Job] = {
             "hf": _text("--stack hf --gc on", 2.0),
         },
     ),
+    "8b-long-fp8": Job(
+        model="llama-3.1-8b",
+        ours="--remat unsloth --compute float8 --execution mlp_tile=16384",
+        limit_gb=15.3,
+        rows=1,
+        sequence=32768,
+        rivals={
+            "unsloth": _text("--stack unsloth --gc unsloth", 1.15, 1.3),
+            "hf": _text("--stack hf --gc on", 2.0),
+        },
+    ),
     "vlm-small": Job(
         model="qwen2-vl-7b",
         ours="--remat unsloth",
@@ -103,6 +119,15 @@ JOBS: Mapping[str, Job] = {
         limit_gb=70.7,
         rivals={
             "unsloth": _vlm("--stack unsloth --gc off", 1.2, 1.35),
+            "hf": _vlm("--stack hf --gc on", 2.0),
+        },
+    ),
+    "vlm-fp8": Job(
+        model="qwen2-vl-7b",
+        ours="--remat dots --compute float8",
+        limit_gb=70.7,
+        rivals={
+            "unsloth": _vlm("--stack unsloth --gc off", 1.2, 1.6),
             "hf": _vlm("--stack hf --gc on", 2.0),
         },
     ),

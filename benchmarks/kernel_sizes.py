@@ -167,6 +167,35 @@ def _norm_gradient(rows: int, columns: int, more: int, function: Function) -> Si
     return Size(case=case, flops=(flops, flops))
 
 
+def _adapted_gated(rows: int, columns: int, rank: int) -> Size:
+    def case(key: Any) -> Case:
+        keys = jax.random.split(key, 7)
+        shapes = {"e": (rows, columns), "g": (rows, columns), "u_gate": (rows, rank), "u_up": (rows, rank)}
+        shapes |= {"b_gate": (columns, rank), "b_up": (columns, rank), "a": (rank, columns)}
+        arrays = {name: jax.random.normal(k, shape, DTYPE) for (name, shape), k in zip(shapes.items(), keys, strict=True)}
+        arrays |= {name: jnp.full(rows, 0.5, jnp.float32) for name in ("e_scales", "g_scales")}
+        return Case(arrays=arrays, static={}, wrt=())
+
+    flops = 6.0 * rows * columns * rank
+    return Size(case=case, flops=(flops, flops))
+
+
+def _float8_rows(rows: int, columns: int) -> Size:
+    def case(key: Any) -> Case:
+        return Case(arrays={"x": jax.random.normal(key, (rows, columns), DTYPE)}, static={}, wrt=())
+
+    flops = 2.0 * rows * columns
+    return Size(case=case, flops=(flops, flops))
+
+
+def _float8_transposed(shape: tuple[int, int]) -> Size:
+    def case(key: Any) -> Case:
+        return Case(arrays={"weight": _packed(key, shape), "scale": jnp.float32(shape[1] ** -0.5 / 64)}, static={}, wrt=())
+
+    flops = 2.0 * math.prod(shape)
+    return Size(case=case, flops=(flops, flops))
+
+
 _RMS, _LAYER = Function("rms_norm", eps=1e-5), Function("layer_norm", eps=1e-6)
 
 SIZES: Mapping[str, Mapping[str, Size]] = {
@@ -204,6 +233,17 @@ SIZES: Mapping[str, Mapping[str, Size]] = {
     "norm_gradient": {
         "rms_norm, 8192 x 4096": _norm_gradient(8192, 4096, 32, _RMS),
         "layer_norm, 16384 x 1280": _norm_gradient(16384, 1280, 16, _LAYER),
+    },
+    "adapted_gated": {
+        "8192 x 14336, r 16": _adapted_gated(8192, 14336, 16),
+    },
+    "float8_rows": {
+        "8192 x 4096": _float8_rows(8192, 4096),
+        "8192 x 14336": _float8_rows(8192, 14336),
+    },
+    "float8_transposed": {
+        "14336 x 4096": _float8_transposed((14336, 4096)),
+        "4096 x 14336": _float8_transposed((4096, 14336)),
     },
     "linear_cross_entropy": {
         "llama-3.1-8b, 8192 tokens": _cross_entropy(8192, 4096, 128256, weight_grad=False),
