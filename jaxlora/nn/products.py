@@ -44,6 +44,8 @@ type Inputs = tuple[Array, ...]
 type Weights = tuple[AbstractWeight, ...]
 type Loras = tuple[LoRA | None, ...]
 
+# From here on, cuBLAS takes a few columns faster transposed (8192 x 14336 x 16 on an H100: 107 us and 156).
+_MANY_CONTRACTED = 8192
 # Below, as in generation, there is too little to read for a kernel to pay.
 _MANY_ROWS = 2048
 
@@ -196,10 +198,18 @@ def _plain_gradients(
     dbs = {i: outer(dys[i], us[i]) for i, lora in enumerate(loras) if lora is not None}
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
         return *gradients_beside(dys, weights, bs, _stacked_a(plain, dtype)), {}, dbs
-    dus = {i: dys[i] @ _scaled(lora, dtype) for i, lora in enumerate(loras) if lora is not None}
+    dus = {i: _narrow_product(dys[i], _scaled(lora, dtype)) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
     return input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, dtype))), du, dus, dbs
+
+
+def _narrow_product(dy: Array, b: Array) -> Array:
+    """dy @ b of a few columns b."""
+    if len(b) < _MANY_CONTRACTED:
+        return dy @ b
+    # The barrier: XLA would otherwise turn b back.
+    return contract_last(dy, jax.lax.optimization_barrier(b.T))
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:

@@ -11,11 +11,18 @@ from jaxlora.weights import base as base_module
 
 KERNELS = {
     "lora_input": (products_module, (products_module, "INPUT")),
+    "adapted_gated": (products_module, None),
     "gated_gradients": (products_module, (linear_module, "GRADIENTS")),
     "plain_gradients": (products_module, (linear_module, "PLAIN_GRADIENTS")),
     "norm_gradient": (pending_module, None),
 }
-TRACES = products_module._products, products_module._project_bwd, products_module._mlp_bwd, pending_module._fork_bwd
+TRACES = (
+    products_module._products,
+    products_module._project_bwd,
+    products_module._mlp_apart,
+    products_module._mlp_bwd,
+    pending_module._fork_bwd,
+)
 
 
 @pytest.fixture

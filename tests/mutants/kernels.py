@@ -17,7 +17,30 @@ KERNEL_MUTANTS = [
         "pallas_kernels/packed.py", "(nibbles ^ 8).astype(jnp.int8) - 8", "nibbles.astype(jnp.int8)", "codes without their sign", FLOAT8
     ),
     Mutant(
-        "jaxlora/weights/float8.py", "(scales * self.scale)[:, None]", "scales[:, None]", "a product without the weight's scale", FLOAT8
+        "jaxlora/weights/float8.py", "return raw, scales * self.scale", "return raw, scales", "a product without the weight's scale", FLOAT8
+    ),
+    Mutant("pallas_kernels/float8_rows/xla.py", "axis=1).astype", "axis=1).max().astype", "one scale for all rows", REFERENCE),
+    Mutant("pallas_kernels/packed.py", "for shift in (0, 4)", "for shift in (4, 0)", "odd columns before even ones", FLOAT8),
+    Mutant(
+        "pallas_kernels/gated_gradients/xla.py",
+        "dh.astype(jnp.float32) * scales[:, None]",
+        "dh.astype(jnp.float32)",
+        "wide gradients without their scales",
+        REFERENCE,
+    ),
+    Mutant(
+        "jaxlora/nn/products.py",
+        "us[0], us[1], *bs, down.a",
+        "us[1], us[0], *bs, down.a",
+        "gate's B gets up's columns in the pass over scaled products",
+        GATED,
+    ),
+    Mutant(
+        "jaxlora/nn/products.py",
+        "du, a, scales=scales, activation",
+        "du, a, scales=None, activation",
+        "the gradient by h is not scaled",
+        GATED,
     ),
     Mutant("jaxlora/weights/float8.py", "for other in alike)]).max()", "for other in alike)]).min()", "joined weights overflow", FLOAT8),
     Mutant(
@@ -58,7 +81,13 @@ KERNEL_MUTANTS = [
         "sums over a gradient that the activation did not turn",
         REFERENCE,
     ),
-    Mutant("pallas_kernels/gated_gradients/xla.py", "pull(with_update(dh, du, a))", "pull(dh)", "no gradient through down's A", REFERENCE),
+    Mutant(
+        "pallas_kernels/gated_gradients/xla.py",
+        "pull(with_update(dh, du, a, scales))",
+        "pull(dh)",
+        "no gradient through down's A",
+        REFERENCE,
+    ),
     Mutant("pallas_kernels/functions.py", "total -= jnp.sum(scaled", "total += jnp.sum(scaled", "a layer norm's mean is added", FUNCTIONS),
     Mutant("jaxlora/weights/base.py", "(0, both.shape[1] - rank)", "(0, 0)", "du over the first of the gradients", FORMATS),
     Mutant(

@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant("jaxlora/adapt.py", "jax.random.normal(key, shape) / shape[0]", "jax.random.normal(key, shape)", "gaussian A without 1/r", INIT),
     Mutant(
         "jaxlora/nn/products.py",
-        "dys[i] @ _scaled(lora, dtype)",
-        "dys[i] @ lora.b.astype(dtype)",
+        "_narrow_product(dys[i], _scaled(lora, dtype))",
+        "_narrow_product(dys[i], lora.b.astype(dtype))",
         "the scale is missing from dx and dA",
         LINEAR,
     ),

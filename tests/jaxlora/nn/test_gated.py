@@ -1,6 +1,7 @@
 """A gated MLP through a kernel that makes both projections and their product in one pass."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from flax import nnx
 from jaxlora.adapt import LoRAConfig, attach, partition, select_from
 from jaxlora.models import registry
 from jaxlora.nn import linear as linear_module
+from jaxlora.nn import products as products_module
 from jaxlora.nn.mlp import GeGLU, SwiGLU
 from jaxlora.nn.stack import edit_linears
 from jaxlora.select import by_flags
 from jaxlora.train.remat import execution
 from jaxlora.train.step import value_and_grad
 from jaxlora.weights.dense import Dense
+from jaxlora.weights.float8 import Float8
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
 from jaxlora.weights.nf4 import NF4
@@ -79,6 +82,21 @@ def test_the_path_of_one_pass_over_wide_gradients_is_the_other_one(kind, weight,
     ran = in_one_pass()
     assert_close(value_and_gradients(mlp(kind, weight)), expected)
     assert ran["gated_gradients"]
+
+
+@pytest.mark.parametrize("form", [Dense, Int4.quantise, NF4.quantise], ids=["dense", "int4", "nf4"])
+def test_the_path_of_products_that_are_scaled_afterwards_is_the_other_one(form, in_one_pass):
+    weight = types.SimpleNamespace(quantise=lambda dense: Float8.of(form(dense)))
+    expected = value_and_gradients(mlp(weight=weight))
+    ran = in_one_pass("gated_gradients", "adapted_gated")
+    assert_close(value_and_gradients(mlp(weight=weight)), expected)
+    assert ran["gated_gradients"] and ran["adapted_gated"]
+
+
+@pytest.mark.parametrize("rows", [products_module._MANY_CONTRACTED, products_module._MANY_CONTRACTED - 1])
+def test_a_few_columns_are_multiplied_either_way_around(rows):
+    dy, b = normal(0, 3, rows), normal(1, rows, 2)
+    np.testing.assert_allclose(products_module._narrow_product(dy, b), dy @ b, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("reason", ["one adapter less", "a bias", "dropout"])
