@@ -9,8 +9,13 @@ from typing import Any
 from benchmarks import results
 from benchmarks.geometries import GEOMETRIES, text_layers
 
-OURS, UNSLOTH, HF = "#c2410c", "#1d4ed8", "#6b7280"
-STYLES = {"jaxlora": (OURS, "o", "jaxlora"), "unsloth": (UNSLOTH, "s", "Unsloth"), "hf": (HF, "D", "transformers + PEFT + bitsandbytes")}
+OURS = ("jaxlora", "jaxlora, float8")
+STYLES = {
+    "jaxlora": ("#c2410c", "o", "jaxlora"),
+    "jaxlora, float8": ("#d97706", "^", 'jaxlora, compute_dtype="float8"'),
+    "unsloth": ("#1d4ed8", "s", "Unsloth"),
+    "hf": ("#6b7280", "D", "transformers + PEFT + bitsandbytes"),
+}
 GC = {"on": "checkpointing", "off": "no checkpointing", "unsloth": '"unsloth"', "": "checkpointing not recorded"}
 
 
@@ -59,8 +64,8 @@ def points(panel: Panel, ours: Sequence[Mapping[str, str]], rivals: Sequence[Map
         whole = row.get("execution", "") == "" and row["rank"] == "16" and row.get("layers") in (None, "", str(panel.layers))
         if panel.holds(row, bits) and whole:
             mode = row["remat"] if row["remat"] in ("True", "False") else f'"{row["remat"]}"'
-            label = f"{mode}, {row['compute']}" if row.get("compute") else mode
-            found["jaxlora", label] = _point("jaxlora", label, row)
+            system = f"jaxlora, {row['compute']}" if row.get("compute") else "jaxlora"
+            found[system, mode] = _point(system, mode, row)
     for row in rivals:
         if row["task"] == "train" and row["rank"] == "16" and panel.holds(row, int(row["bits"])):
             # A row that does not say its mode gives way to the first that does.
@@ -91,13 +96,13 @@ def draw(axes: Any, panel: Panel, shown: Sequence[Point]) -> None:
         )
         for p in own:
             # Ours above its points to the left, the rivals' below theirs to the right: lines rise between them.
-            offset, side = ((-6, 7), "right") if system == "jaxlora" else ((-8, -19), "left")
+            offset, side = ((-6, 7), "right") if system in OURS else ((-8, -19), "left")
             axes.annotate(p.label, (p.peak_gb, p.tok_s), xytext=offset, textcoords="offset points", ha=side, fontsize=9, color=colour)
     axes.set_xscale("log", base=2)
     ticks = [8, 16, 32, 64, 128]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.set_xlim(4.8, 190)
-    axes.set_ylim(0, 1.2 * max(p.tok_s for p in shown))
+    axes.set_ylim(0, 1.5 * max(p.tok_s for p in shown))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel("peak GPU memory, GB")
@@ -108,7 +113,7 @@ def draw(axes: Any, panel: Panel, shown: Sequence[Point]) -> None:
 
 def caption(shown: Sequence[Point]) -> str:
     """Where and when, by system; that systems were measured apart is said."""
-    when = {name: sorted({p.date for p in shown if (p.system == "jaxlora") == own}) for name, own in (("jaxlora", True), ("rivals", False))}
+    when = {name: sorted({p.date for p in shown if (p.system in OURS) == own}) for name, own in (("jaxlora", True), ("rivals", False))}
     told = "; ".join(f"{name} {' and '.join(dates)}" for name, dates in when.items() if dates)
     apart = ", measured in different runs" if len({p.date for p in shown}) > 1 else ""
     devices = " or ".join(sorted({p.device for p in shown}))

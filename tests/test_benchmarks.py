@@ -213,7 +213,11 @@ def test_the_plot_takes_the_newest_row_of_each_setting():
     other, narrow = {**ours[0], "weights": "nf4"}, {**ours[0], "compute": "float8", "tok_s": "4"}
     rival = {**same, "task": "train", "system": "unsloth", "gc": "off", "bits": "4", "peak_gb": "38.8", "tok_s": "3", "date": "a"}
     found = plot.points(plot.PANELS[0], [*ours, other, narrow], [rival])
-    assert [(p.label, p.tok_s) for p in found] == [('"dots"', 2.0), ('"dots", float8', 4.0), ("no checkpointing", 3.0)]
+    assert [(p.system, p.label, p.tok_s) for p in found] == [
+        ("jaxlora", '"dots"', 2.0),
+        ("jaxlora, float8", '"dots"', 4.0),
+        ("unsloth", "no checkpointing", 3.0),
+    ]
     assert "measured in different runs" in plot.caption(found)
 
 
