@@ -29,9 +29,9 @@ def device_code() -> Any:
 
 def float8_code() -> Any:
     """The module of the kernels around products in e4m3."""
-    from pallas_kernels import triton_float8
+    from pallas_kernels import float8_triton_code
 
-    return triton_float8
+    return float8_triton_code
 
 
 def call(

@@ -1,4 +1,4 @@
-"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_float8`."""
+"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.float8_triton_code`."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""One Triton kernel, sm89 and up; the device code is `pallas_kernels.triton_float8`."""
+"""One Triton kernel, sm89 and up; the device code is `pallas_kernels.float8_triton_code`."""
 
 import dataclasses
 

@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
-MODULES = ("triton_code", "triton_float8")
+MODULES = ("triton_code", "float8_triton_code")
 
 
 def main(calls: str, results: str) -> None:
