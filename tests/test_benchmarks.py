@@ -138,7 +138,7 @@ def test_versus_runs_in_turn_records_every_row_and_goes_on_when_a_rival_fails(tm
 
     monkeypatch.setattr(versus, "execute", execute)
     arguments = ["versus", "8b", "--checkpoints", str(tmp_path / "checkpoints"), "--rival-path", "/wheels", "--csv", str(tmp_path / "csv")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--commit", "abc"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--rivals", "unsloth", "hf", "--commit", "abc"])
     assert versus.main() == 1
     assert order == [("ours", ""), ("unsloth", "/wheels"), ("ours", ""), ("hf", "/wheels")]
     said = capsys.readouterr().out
