@@ -169,12 +169,12 @@ def _norm_gradient(rows: int, columns: int, more: int, function: Function) -> Si
 
 def _adapted_gated(rows: int, columns: int, rank: int) -> Size:
     def case(key: Any) -> Case:
-        keys = jax.random.split(key, 7)
-        shapes = {"e": (rows, columns), "g": (rows, columns), "u_gate": (rows, rank), "u_up": (rows, rank)}
-        shapes |= {"b_gate": (columns, rank), "b_up": (columns, rank), "a": (rank, columns)}
-        arrays = {name: jax.random.normal(k, shape, DTYPE) for (name, shape), k in zip(shapes.items(), keys, strict=True)}
-        arrays |= {name: jnp.full(rows, 0.5, jnp.float32) for name in ("e_scales", "g_scales")}
-        return Case(arrays=arrays, static={}, wrt=())
+        shapes = {"products": (rows, columns), "us": (rows, rank), "bs": (columns, rank)}
+        *pairs, last = jax.random.split(key, 2 * len(shapes) + 1)
+        drawn = [jax.random.normal(k, shape, DTYPE) for k, shape in zip(pairs, [s for s in shapes.values() for _ in range(2)], strict=True)]
+        arrays: dict[str, Any] = {name: tuple(drawn[2 * i : 2 * i + 2]) for i, name in enumerate(shapes)}
+        half = jnp.full(rows, 0.5, jnp.float32)
+        return Case(arrays={**arrays, "scales": (half, half), "a": jax.random.normal(last, (rank, columns), DTYPE)}, static={}, wrt=())
 
     flops = 6.0 * rows * columns * rank
     return Size(case=case, flops=(flops, flops))

@@ -249,9 +249,9 @@ def _mlp_apart(
     """
     x, (gate, up, down) = into(*inputs), loras
     us = _kept(_down((0.0, 0.0), x, (gate, up), None))
-    (e, e_scales), (g, g_scales) = (apart for w in weights[:-1] if (apart := w.matmul_apart(x)) is not None)
+    products, scales = zip(*filter(None, (w.matmul_apart(x) for w in weights[:-1])), strict=True)
     bs = _scaled(gate, x.dtype), _scaled(up, x.dtype)
-    e, g, h, u = adapted_gated(e, g, e_scales, g_scales, us[0], us[1], *bs, down.a.astype(x.dtype), activation=activation)
+    e, g, h, u = adapted_gated(products, scales, (us[0], us[1]), bs, down.a.astype(x.dtype), activation=activation)
     u = checkpoint_name(u, "lora_u")
     return named(weights[-1].matmul(h, (u, _scaled(down, x.dtype)))), (named(e), named(g)), us, u
 

@@ -11,88 +11,62 @@ from pallas_kernels._kernel import Case, Kernel
 from pallas_kernels.adapted_gated import triton, xla
 from pallas_kernels.lora_swiglu.activations import ACTIVATIONS
 
+type Pair = tuple[Array, Array]
+
 _BACKENDS = {"triton": triton, "xla": xla}
 
 
 def adapted_gated(
-    e: Float[Array, "N F"],
-    g: Float[Array, "N F"],
-    e_scales: Float[Array, " N"],
-    g_scales: Float[Array, " N"],
-    u_gate: Float[Array, "N Rg"],
-    u_up: Float[Array, "N Ru"],
-    b_gate: Float[Array, "F Rg"],
-    b_up: Float[Array, "F Ru"],
+    products: tuple[Float[Array, "N F"], Float[Array, "N F"]],
+    scales: tuple[Float[Array, " N"], Float[Array, " N"]],
+    us: tuple[Float[Array, "N Rg"], Float[Array, "N Ru"]],
+    bs: tuple[Float[Array, "F Rg"], Float[Array, "F Ru"]],
     a: Float[Array, "R F"],
     *,
     activation: str = "silu",
     backend: str = "auto",
 ) -> tuple[Float[Array, "N F"], Float[Array, "N F"], Float[Array, "N F"], Float[Array, "N R"]]:
-    """(e', g', h, u): e'_i = e_scales_i · e_i + u_gate_i b_gateᵀ, g' likewise, h = act(e') ∘ g', u = h aᵀ.
+    """(e, g, h, u): e and g are scales ∘ products + us bsᵀ, by rows, of a gated MLP's gate and up; h = act(e) ∘ g, u = h aᵀ.
 
-    e and g are products of a gated MLP's input in a format whose rows are scaled afterwards (e4m3), u_gate and u_up the columns A x of its
-    adapters, b their s·B, and a the A of the projection that follows. Scales are fp32, all else is of one dtype; e' and g' are summed in
-    fp32 and rounded once, h is of the rounded ones, u is accumulated in fp32. On a GPU a kernel reads e and g once, and no update is
-    written. There is no gradient: whoever uses it has one of its own (`gated_gradients`).
+    The products are in a format whose rows are scaled afterwards (e4m3), us the columns A x of the two adapters, bs their s·B, and a the A
+    of the projection that follows. Scales are fp32, all else is of one dtype; e and g are summed in fp32 and rounded once, h is of the
+    rounded ones, u is accumulated in fp32. On a GPU a kernel reads the products once, and no update is written. There is no gradient:
+    whoever uses it has one of its own (`gated_gradients`).
 
     >>> import jax.numpy as jnp
     >>> one, two = jnp.ones((1, 1)), jnp.full(1, 2.0)
-    >>> [round(x.item(), 4) for x in adapted_gated(one, one, two, two, one, one, one, one, one)]
+    >>> [round(x.item(), 4) for x in adapted_gated((one, one), (two, two), (one, one), (one, one), one)]
     [3.0, 3.0, 8.5732, 8.5732]
 
     Raises:
       ValueError: shapes or dtypes disagree, or nobody knows the activation or the backend.
       NotImplementedError: the named backend cannot run this call; the text says why.
     """
-    arrays = e, g, e_scales, g_scales, u_gate, u_up, b_gate, b_up, a
-    _check(*arrays, activation)
-    return _BACKENDS[KERNEL.choose(backend, *arrays, activation=activation)].made(*arrays, activation)
+    _check(products, scales, us, bs, a, activation)
+    chosen = KERNEL.choose(backend, products, scales, us, bs, a, activation=activation)
+    return _BACKENDS[chosen].made(products, scales, us, bs, a, activation)
 
 
-def reference(
-    e: Array,
-    g: Array,
-    e_scales: Array,
-    g_scales: Array,
-    u_gate: Array,
-    u_up: Array,
-    b_gate: Array,
-    b_up: Array,
-    a: Array,
-    *,
-    activation: str = "silu",
-) -> tuple[Array, ...]:
+def reference(products: Pair, scales: Pair, us: Pair, bs: Pair, a: Array, *, activation: str = "silu") -> tuple[Array, ...]:
     """The arguments and results of `adapted_gated`, computed in fp32."""
-    e32, g32, u_gate32, u_up32, b_gate32, b_up32, a32 = (x.astype(jnp.float32) for x in (e, g, u_gate, u_up, b_gate, b_up, a))
-    made_e, made_g = e_scales[:, None] * e32 + u_gate32 @ b_gate32.T, g_scales[:, None] * g32 + u_up32 @ b_up32.T
-    h = ACTIVATIONS[activation](made_e) * made_g
-    return tuple(x.astype(e.dtype) for x in (made_e, made_g, h, h @ a32.T))
+    wide = ([x.astype(jnp.float32) for x in pair] for pair in (products, us, bs))
+    e, g = (s[:, None] * z + u @ b.T for s, z, u, b in zip(scales, *wide, strict=True))
+    h = ACTIVATIONS[activation](e) * g
+    return tuple(x.astype(a.dtype) for x in (e, g, h, h @ a.astype(jnp.float32).T))
 
 
-def _check(
-    e: Array,
-    g: Array,
-    e_scales: Array,
-    g_scales: Array,
-    u_gate: Array,
-    u_up: Array,
-    b_gate: Array,
-    b_up: Array,
-    a: Array,
-    activation: str,
-) -> None:
+def _check(products: Pair, scales: Pair, us: Pair, bs: Pair, a: Array, activation: str) -> None:
+    N, F = products[0].shape[0], products[0].shape[-1]
     faults = []
-    if e.ndim != 2 or e.shape != g.shape:
-        faults.append(f"expected e and g [N, F], got {e.shape} and {g.shape}")
-    N, F = e.shape
-    if not e_scales.shape == g_scales.shape == (N,) or not e_scales.dtype == g_scales.dtype == jnp.float32:
-        faults.append(f"expected scales [{N}] in float32, got {e_scales.shape} {e_scales.dtype} and {g_scales.shape} {g_scales.dtype}")
-    for name, u, b in (("gate", u_gate, b_gate), ("up", u_up, b_up)):
-        if u.ndim != 2 or u.shape[0] != N or b.shape != (F, u.shape[1]):
-            faults.append(f"expected u_{name} [{N}, R] and b_{name} [{F}, R], got {u.shape} and {b.shape}")
+    if any(z.shape != (N, F) for z in products):
+        faults.append(f"expected two products [N, F], got {_shapes(products)}")
+    if any(s.shape != (N,) or s.dtype != jnp.float32 for s in scales):
+        faults.append(f"expected scales [{N}] in float32, got {', '.join(f'{s.shape} {s.dtype}' for s in scales)}")
+    if any(u.ndim != 2 or u.shape[0] != N or b.shape != (F, u.shape[1]) for u, b in zip(us, bs, strict=True)):
+        faults.append(f"expected us [{N}, R] and bs [{F}, R], got {_shapes(us)} and {_shapes(bs)}")
     if a.ndim != 2 or a.shape[1] != F:
         faults.append(f"expected a [R, {F}], got {a.shape}")
-    dtypes = {str(x.dtype) for x in (e, g, u_gate, u_up, b_gate, b_up, a)}
+    dtypes = {str(x.dtype) for x in (*products, *us, *bs, a)}
     if len(dtypes) > 1:
         faults.append(f"expected one dtype of all but the scales, got {', '.join(sorted(dtypes))}")
     if activation not in ACTIVATIONS:
@@ -101,31 +75,29 @@ def _check(
         raise ValueError("; ".join(faults))
 
 
-def _refuses(
-    backend: str,
-    e: Any,
-    g: Any,
-    e_scales: Any,
-    g_scales: Any,
-    u_gate: Any,
-    u_up: Any,
-    b_gate: Any,
-    b_up: Any,
-    a: Any,
-    *,
-    activation: str = "silu",
-) -> str | None:
+def _shapes(arrays: Pair) -> str:
+    return ", ".join(str(x.shape) for x in arrays)
+
+
+def _refuses(backend: str, products: Any, scales: Any, us: Any, bs: Any, a: Any, *, activation: str = "silu") -> str | None:
     """Of arrays, or of their shapes and dtypes."""
-    return _BACKENDS[backend].refuses(e, (u_gate.shape[1], u_up.shape[1], a.shape[0]))
+    return _BACKENDS[backend].refuses(products[0], (*(u.shape[1] for u in us), a.shape[0]))
 
 
 def _case(dtype: Any, *, rows: int, columns: int, ranks: tuple[int, int, int], **static: Any) -> Case:
     draw = np.random.default_rng(0)
-    gate, up, down = ranks
-    shapes = {"e": (rows, columns), "g": (rows, columns), "u_gate": (rows, gate), "u_up": (rows, up)}
-    shapes |= {"b_gate": (columns, gate), "b_up": (columns, up), "a": (down, columns)}
-    arrays = {name: jnp.asarray(draw.standard_normal(shape), dtype) for name, shape in shapes.items()}
-    arrays |= {name: jnp.asarray(0.5 + draw.random(rows), jnp.float32) for name in ("e_scales", "g_scales")}
+    *first, last = ranks
+
+    def normal(*shape: int) -> Array:
+        return jnp.asarray(draw.standard_normal(shape), dtype)
+
+    arrays = {
+        "products": (normal(rows, columns), normal(rows, columns)),
+        "scales": tuple(jnp.asarray(0.5 + draw.random(rows), jnp.float32) for _ in first),
+        "us": tuple(normal(rows, rank) for rank in first),
+        "bs": tuple(normal(columns, rank) for rank in first),
+        "a": normal(last, columns),
+    }
     return Case(arrays=arrays, static=static, wrt=())
 
 

@@ -32,16 +32,16 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 
 def made(
-    e: Array, g: Array, e_scales: Array, g_scales: Array, u_gate: Array, u_up: Array, b_gate: Array, b_up: Array, a: Array, activation: str
+    products: tuple[Array, Array], scales: tuple[Array, Array], us: tuple[Array, Array], bs: tuple[Array, Array], a: Array, activation: str
 ) -> tuple[Array, Array, Array, Array]:
     """As `adapted_gated` returns them."""
-    (rows, columns), ranks = e.shape, {"R_GATE": u_gate.shape[1], "R_UP": u_up.shape[1], "R": a.shape[0]}
+    (rows, columns), ranks = products[0].shape, {"R_GATE": us[0].shape[1], "R_UP": us[1].shape[1], "R": a.shape[0]}
     config = dataclasses.asdict(_tuned.config("adapted_gated", "triton", Config, (rows, columns, ranks["R"])))
     splits = config.pop("SPLITS")
-    wide = jax.ShapeDtypeStruct(e.shape, e.dtype)
-    made_e, made_g, h, parts = _triton.call(
+    wide = jax.ShapeDtypeStruct((rows, columns), a.dtype)
+    e, g, h, parts = _triton.call(
         _triton.float8_code().adapted_gated,
-        *(e, g, e_scales, g_scales, u_gate, u_up, b_gate, b_up, a),
+        *(*products, *scales, *us, *bs, a),
         out=(wide, wide, wide, jax.ShapeDtypeStruct((splits, rows, ranks["R"]), jnp.float32)),
         grid=(-(-rows // config["BLOCK_M"]) * splits,),
         config=config,
@@ -51,4 +51,4 @@ def made(
         **{"ACTIVATION": activation, **ranks, "BLOCK_GATE": block_r(ranks["R_GATE"])},
         **{"BLOCK_UP": block_r(ranks["R_UP"]), "BLOCK_R": block_r(ranks["R"])},
     )
-    return made_e, made_g, h, parts.sum(0).astype(e.dtype)
+    return e, g, h, parts.sum(0).astype(a.dtype)

@@ -15,12 +15,12 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 
 def made(
-    e: Array, g: Array, e_scales: Array, g_scales: Array, u_gate: Array, u_up: Array, b_gate: Array, b_up: Array, a: Array, activation: str
+    products: tuple[Array, Array], scales: tuple[Array, Array], us: tuple[Array, Array], bs: tuple[Array, Array], a: Array, activation: str
 ) -> tuple[Array, Array, Array, Array]:
     """As `adapted_gated` returns them."""
-    wide_e, wide_g = _scaled(e, e_scales, _contracted(u_gate, b_gate)), _scaled(g, g_scales, _contracted(u_up, b_up))
-    h = product(wide_e, wide_g, activation=activation)
-    return wide_e, wide_g, h, _contracted(h, a)
+    e, g = (_scaled(z, s, _contracted(u, b)) for z, s, u, b in zip(products, scales, us, bs, strict=True))
+    h = product(e, g, activation=activation)
+    return e, g, h, _contracted(h, a)
 
 
 def _contracted(x: Float[Array, "N P"], y: Float[Array, "Q P"]) -> Float[Array, "N Q"]:

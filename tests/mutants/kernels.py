@@ -30,8 +30,8 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "jaxlora/nn/products.py",
-        "us[0], us[1], *bs, down.a",
-        "us[1], us[0], *bs, down.a",
+        "(us[0], us[1]), bs, down.a",
+        "(us[1], us[0]), bs, down.a",
         "gate's B gets up's columns in the pass over scaled products",
         GATED,
     ),
