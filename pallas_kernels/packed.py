@@ -48,23 +48,17 @@ class Packed:
         even, odd = (jax.lax.shift_right_arithmetic(n.astype(jnp.int8), jnp.int8(4)) for n in nibbles)
         return even.astype(jnp.float32) * scales, odd.astype(jnp.float32) * scales
 
-    def over(self, scale: Float[Array, ""], dtype: Any, *, transpose: bool = False) -> Float[Array, "rows columns"]:
-        """w / scale, each element rounded once to ``dtype``: [O, I'] or, ``transpose``d, [I', O]; padding is code 0."""
-        # The barrier: XLA would otherwise divide for each element.
-        scales = jax.lax.optimization_barrier(self.scales.astype(jnp.float32) / scale)
-        out, groups = scales.shape
-        if not transpose:
-            each = repeat_each(scales, GROUP // 4)
-            return four_a_word(
-                [self._values(codes >> shift) * each for codes in (self.codes[:, 0::2], self.codes[:, 1::2]) for shift in (0, 4)], dtype
-            )
-        shifts = jnp.array([0, 4], jnp.uint8)
-        # Turned around as codes, a copy of its own; all that is written from them is then contiguous.
-        codes = jax.lax.optimization_barrier(self.codes.T)
-        values = self._values(codes[:, None] >> shifts[None, :, None]).reshape(groups, GROUP, out)
-        return (values * scales.T[:, None]).astype(dtype).reshape(-1, out)
+    def over(self, scale: Float[Array, ""], dtype: Any) -> Float[Array, "O columns"]:
+        """w / scale, each element rounded once to a ``dtype`` of 8 bits, [O, I']; padding is code 0."""
+        scales = repeat_each(self.scales_over(scale), GROUP // 4)
+        halves = self.codes[:, 0::2], self.codes[:, 1::2]
+        return four_a_word([self.values(codes >> shift) * scales for codes in halves for shift in (0, 4)], dtype)
 
-    def _values(self, codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    def scales_over(self, scale: Float[Array, ""]) -> Float[Array, "O groups"]:
+        """The groups' scales / scale in fp32. The barrier: XLA would otherwise divide for each element."""
+        return jax.lax.optimization_barrier(self.scales.astype(jnp.float32) / scale)
+
+    def values(self, codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
         """The values of the low nibbles."""
         nibbles = codes & 15
         return ((nibbles ^ 8).astype(jnp.int8) - 8).astype(jnp.float32) if self.code_book is None else self.code_book[nibbles]
