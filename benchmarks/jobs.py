@@ -36,7 +36,7 @@ def _vlm(arguments: str, must: float, stretch: float | None = None) -> Rival:
 
 
 # "hf" is transformers + PEFT + bitsandbytes in its better mode, the faster one of those that fit the card; "hf-checkpointing" is the one
-# that needs no more memory than we may use, where that is another.
+# that needs less memory, where that is another.
 JOBS: Mapping[str, Job] = {
     "8b": Job(
         model="llama-3.1-8b",

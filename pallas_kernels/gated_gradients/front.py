@@ -35,8 +35,7 @@ def gated_gradients(
     These are the gradients by a gated MLP's two projections, by the B of their adapters (u = A x) and by the A of the adapter of the
     projection that follows, whose part of t comes as du = dy (s B) and its A, and what comes through its weight as dh, whose rows fp32
     ``scales`` multiply where it comes without them. de and dg come in e's dtype, the sums over the rows in fp32, of values rounded to
-    e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing
-    else that is wide: t, h, de and dg are not read again.
+    e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not read again.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1, 1))
