@@ -23,6 +23,7 @@ from jax.experimental import topologies
 
 from benchmarks import results, train_step
 from benchmarks.geometries import GEOMETRIES, text_layers, with_layers
+from jaxlora.nn import offload
 from jaxlora.train.auto import needed_gib
 from jaxlora.train.meters import GIB
 from pallas_kernels import _kernel
@@ -31,6 +32,8 @@ from pallas_kernels.attention import cudnn
 TARGET = pathlib.Path(__file__).with_name("h200.txtpb")
 # What JAX takes of the card's, unless told otherwise.
 MEMORY_BYTES = 150_754_820_096 * 3 // 4
+# Of the host that it is in.
+HOST_BYTES = 128 << 30
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 _SHAPE = re.compile(rf"\b({'|'.join(_ITEM_BYTES)})\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
@@ -50,6 +53,7 @@ def pretended() -> Iterator[None]:
     with (
         mock.patch.object(jax, "default_backend", lambda: "gpu"),
         mock.patch.object(_kernel, "device", lambda: here),
+        mock.patch.object(offload, "host_bytes", lambda: HOST_BYTES),
         # What it checks, it would have to run.
         mock.patch.object(cudnn, "check_packing"),
     ):

@@ -1,30 +1,88 @@
-"""Blocks that are recomputed from inputs which wait in host memory: one moves in the background while another block runs.
+"""Blocks that are recomputed from what waits in host memory, from where it moves in the background while blocks run.
 
 A checkpoint policy that offloads fetches a block's input when its turn comes in the backward, and the device waits for it: 6 % of a step at
-8B. Here the backward is written out, so that the input of the block before is on its way while a block runs. Each block saves the input of
-the block before it, so that in both directions a step of the scan moves the slice that is its own: XLA copies only such by DMA.
+8B. Here the backward is written out: while a block runs, what the block before it begins with is on its way, and so is what the block
+itself needs later. It all moves by DMA, for which XLA must know each slice's place from a loop's counter. What a block saves is sent in its
+own turn, from buffers that are free again when the next block wants them.
 
 With the inputs travel the few columns A x of each adapter, whose products would be repeated to no other end; and in long rows, where
-attention is what costs most to recompute, its output and log-sum-exp.
+attention is what costs most to recompute, its output and log-sum-exp. Where products are long enough to hide more behind them, all that
+attention needs travels, and the sum of its output and the input, from which the MLP is recomputed: attention then runs once.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, values
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, take, values
 from jaxlora.typing import Array
+from jaxlora.weights.base import AbstractWeight
 
 type Block = Callable[..., tuple[Array, None]]
 
-_SAVED = ("lora_u",)
-_SAVED_OF_LONG_ROWS = (*_SAVED, "attn_out", "attn_lse")
-# Tokens in a row from which attention is kept. Its output waits on the device as a block's input does, once for the block and once for the
+# Tokens in a row from which attention's output is kept. It waits on the device as a block's input does, once for the block and once for the
 # next: in shorter rows that memory is dearer than recomputing it.
 _LONG = 8192
+# Arithmetic of products for each byte that travels, from which the copies cost less than recomputing: they hide behind some 14,000 on an
+# H100 (700 TFLOP/s, and 50 GB/s to the host), and a forward that waits for them is made up for by its backward down to this.
+_FLOP_A_BYTE = 10_000
+# Of the host's memory.
+_MOST = 0.25
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Names of what is kept of a block beside its input: what its backward begins with, and what it needs later on.
+
+    Where there is something ``late``, the backward begins with what is ``early``, and the input is late too.
+    """
+
+    early: tuple[str, ...]
+    late: tuple[str, ...] = ()
+
+    def how(self) -> dict[str, Any]:
+        """The arguments of `jax.checkpoint`, from which what is late comes in host memory."""
+        names = {"names_which_can_be_saved": self.early, "names_which_can_be_offloaded": self.late}
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(**names, offload_src="device", offload_dst="pinned_host")
+        return {"policy": policy, "prevent_cse": False}
+
+
+_COLUMNS = Kept(("lora_u",))
+_OUTPUT = Kept(("lora_u", "attn_out", "attn_lse"))
+_ATTENTION = Kept(("lora_u", "residual"), ("attn_out", "attn_lse", "qkv"))
+
+
+def recomputing(x: Array) -> dict[str, Any]:
+    """The arguments of `jax.checkpoint` for a block of such an input, whatever its products."""
+    return _least(x).how()
+
+
+def _least(x: Array) -> Kept:
+    return _OUTPUT if x.shape[-2] >= _LONG else _COLUMNS
+
+
+def host_bytes() -> int:
+    """The host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _kept(block: Block, x: Array, xs: Any, const: Any, wanted: tuple[Wanted, Wanted]) -> Kept:
+    """What is kept of each block: all that attention needs, where products hide its way and the host has room."""
+    layers, one = len(jax.tree.leaves(xs)[0]), jax.tree.map(lambda a: a[0], xs)
+    saved = jax.eval_shape(lambda x, own: linearise(block, x, own, const, wanted, _ATTENTION.how(), keep=True)[1], x, one)
+    nbytes = x.nbytes + sum(a.size * a.dtype.itemsize for a in saved)
+    weights = [w for w in jax.tree.leaves(xs, is_leaf=lambda leaf: isinstance(leaf, AbstractWeight)) if isinstance(w, AbstractWeight)]
+    # In e4m3 two multiplications take the time of one.
+    flop = x.size // x.shape[-1] * sum(2 * math.prod(w.shape) // (1 if w.decoded else 2) for w in weights)
+    fits = layers * nbytes <= _MOST * host_bytes()
+    return _ATTENTION if fits and flop >= _FLOP_A_BYTE * nbytes else _least(x)
 
 
 def scan_offloaded(block: Block, x: Array, xs: Any, slots: Array | None, states: Array | None) -> tuple[Array, Array | None]:
@@ -38,67 +96,78 @@ def scan_offloaded(block: Block, x: Array, xs: Any, slots: Array | None, states:
     return _scan(call, x, xs, slots, states, over)
 
 
-def recomputing(x: Array) -> dict[str, Any]:
-    """The arguments of `jax.checkpoint` for a block of such an input."""
-    names = _SAVED_OF_LONG_ROWS if x.shape[-2] >= _LONG else _SAVED
-    return {"policy": jax.checkpoint_policies.save_only_these_names(*names), "prevent_cse": False}
-
-
-def _forward(block: Block, x: Array, xs: Any, slots: Any, states: Any, const: Any, wanted: Any = None) -> tuple[Any, Any]:
-    """((x, states), (what the last block saves, for each block what the block before it saves, in host memory)).
-
-    A block saves its input and what `linearise` says; without ``wanted`` nothing.
-    """
-
-    def run(x: Array, own: Any) -> tuple[Array, list[Array]]:
-        if wanted is None:
-            return block(x, own, *const)[0], []
-        (x, _), saved, _ = linearise(block, x, own, const, wanted, recomputing(x), keep=True)
-        return x, saved
-
-    def body(carry: Any, each: Any) -> tuple[Any, Any]:
-        (x, before, states), (own, slot) = carry, each
-        states = states if slot is None else states.at[slot].set(x, mode="drop")
-        sent = None if wanted is None else jax.device_put(before, jax.memory.Space.Host)
-        here, (x, saved) = x, run(x, own)
-        return (x, None if wanted is None else [here, *saved], states), sent
-
-    saved = jax.eval_shape(lambda x, own: run(x, own)[1], x, jax.tree.map(lambda a: a[0], xs))
-    nothing = None if wanted is None else [x, *(jnp.zeros(a.shape, a.dtype) for a in saved)]
-    (x, before, states), sent = jax.lax.scan(body, (x, nothing, states), (xs, slots))
-    return (x, states), (before, sent)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(block: Block, x: Array, xs: Any, slots: Any, states: Any, const: Any) -> tuple[Array, Any]:
-    return _forward(block, x, xs, slots, states, const)[0]
+    return _forward(lambda x, own: (block(x, own, *const)[0], None), x, xs, slots, states)[0]
+
+
+def _forward(run: Callable[[Array, Any], tuple[Array, Any]], x: Array, xs: Any, slots: Any, states: Any) -> tuple[tuple[Array, Any], Any]:
+    """((x, states), what ``run(x, own) -> (x, sent)`` sends of each layer)."""
+
+    def body(carry: Any, each: Any) -> tuple[Any, Any]:
+        (x, states), (own, slot) = carry, each
+        states = states if slot is None else states.at[slot].set(x, mode="drop")
+        x, sent = run(x, own)
+        return (x, states), sent
+
+    return jax.lax.scan(body, (x, states), (xs, slots))
 
 
 def _scan_fwd(block: Block, x: Any, xs: Any, slots: Any, states: Any, const: Any) -> tuple[Any, Any]:
     wanted = Wanted.of(xs), Wanted.of(const)
     x, xs, slots, states, const = values((x, xs, slots, states, const))
-    out, saved = _forward(block, x, xs, slots, states, const, wanted)
-    return out, (*saved, xs, slots, const, wanted)
+    kept = _kept(block, x, xs, const, wanted)
+
+    def run(x: Array, own: Any) -> tuple[Array, list[Array]]:
+        (out, _), saved, _ = linearise(block, x, own, const, wanted, kept.how(), keep=True)
+        return out, [a if _waits(a) else jax.device_put(a, jax.memory.Space.Host) for a in (x, *saved)]
+
+    out, sent = _forward(run, x, xs, slots, states)
+    return out, (sent, kept, xs, slots, const, wanted)
+
+
+def _waits(a: Array) -> bool:
+    """Whether an array is in host memory."""
+    return jax.typeof(a).memory_space == jax.memory.Space.Host
 
 
 def _scan_bwd(block: Block, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    last, sent, xs, slots, const, wanted = residuals
+    sent, kept, xs, slots, const, wanted = residuals
     dx, dstates = cotangents
     dx = jnp.zeros(dx.shape, dx.dtype) if is_zero(dx) else dx
     dstates = None if dstates is None or is_zero(dstates) else dstates
+    layers, late = len(sent[0]), _late(block, dx, xs, const, wanted, kept)
 
-    def body(carry: Any, each: Any) -> tuple[Any, Any]:
-        ((dx, (here, *kept), dconst), (waiting, own, slot)) = carry, each
-        before = jax.device_put(waiting, jax.memory.Space.Device)
-        pull = linearise(block, here, own, const, wanted, recomputing(here), keep=True)[2]
-        dx, down, added = pull((dx, None), kept)
+    def first_of(layer: Array) -> list[Array]:
+        """What a layer's backward begins with, on the device."""
+        return [jax.device_put(take(a, layer), jax.memory.Space.Device) for a, waits in zip(sent, late, strict=True) if not waits]
+
+    def body(done: Array, carry: Any) -> Any:
+        (dx, first, dconst, dxs), layer = carry, layers - 1 - done
+        # Of the first layer none is before it, and what is fetched is not used.
+        before, those = first_of(layer - 1), iter(first)
+        here, *saved = [take(a, layer) if waits else next(those) for a, waits in zip(sent, late, strict=True)]
+        here = jax.device_put(here, jax.memory.Space.Device)
+        pull = linearise(block, here, take(xs, layer), const, wanted, kept.how(), keep=True)[2]
+        dx, down, added = pull((dx, None), saved)
         if dstates is not None:
-            dx = dx + dstates.at[slot].get(mode="fill", fill_value=0)
-        return (dx, before, jax.tree.map(jnp.add, dconst, added)), down
+            dx = dx + dstates.at[slots[layer]].get(mode="fill", fill_value=0)
+        return dx, before, jax.tree.map(jnp.add, dconst, added), put(dxs, layer, down)
 
-    nothing = jax.tree.map(jnp.zeros_like, wanted[1].of_these(const))
-    (dx, _, dconst), dxs = jax.lax.scan(body, (dx, last, nothing), (sent, xs, slots), reverse=True)
+    nothing = [jax.tree.map(jnp.zeros_like, w.of_these(tree)) for w, tree in ((wanted[1], const), (wanted[0], xs))]
+    dx, _, dconst, dxs = jax.lax.fori_loop(0, layers, body, (dx, first_of(jnp.int32(layers - 1)), *nothing))
     return dx, wanted[0].gradient(dxs, xs), None, None, wanted[1].gradient(dconst, const)
+
+
+def _late(block: Block, x: Array, xs: Any, const: Sequence[Any], wanted: tuple[Wanted, Wanted], kept: Kept) -> list[bool]:
+    """Whether a layer's backward can wait for its input, and for each of what else was sent of it."""
+    found: list[bool] = []
+
+    def probe(x: Array, own: Any) -> None:
+        found.extend(map(_waits, linearise(block, x, own, const, wanted, kept.how(), keep=True)[1]))
+
+    jax.eval_shape(probe, x, jax.tree.map(lambda a: a[0], xs))
+    return [bool(kept.late), *found]
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd, symbolic_zeros=True)

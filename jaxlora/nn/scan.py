@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.nn.offload import recomputing
-from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, values
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, take, values
 from jaxlora.typing import Array, Int
 
 type Policy = Callable[..., Any]
@@ -30,9 +30,10 @@ _COLUMNS = jax.checkpoint_policies.save_only_these_names("lora_u")
 class Scan:
     """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
     nothing but its input). ``columns`` saves the R columns A·x of each adapter where all layers of a run are alike; layers of several kinds
-    are recomputed whole, by the forward's own function of each kind. With ``offload`` the blocks' inputs are in pinned host memory, and
-    nothing else is kept; layers then return nothing of their own. ``unroll`` periods are compiled one after the other, all of them where
-    there are fewer; None: all of a run whose layers are alike, and one of any other, which has as many layers as a period.
+    are recomputed whole, by the forward's own function of each kind. With ``offload`` the blocks' inputs are in pinned host memory, beside
+    them what `jaxlora.nn.offload` says, and nothing else is kept; layers then return nothing of their own. ``unroll`` periods are compiled
+    one after the other, all of them where there are fewer; None: all of a run whose layers are alike, and one of any other, which has as
+    many layers as a period.
 
     Raises:
       ValueError: ``offload`` or ``columns`` without ``checkpoint`` or with a policy; ``offload`` with unrolling, which it would not follow.
@@ -133,7 +134,7 @@ class _Plan:
         looped = self.unroll < self.run.repeats or self.run.repeats == 1
         # Unknown to XLA: with the number in them, no two layers would have a kernel in common. In a loop it would fail to work it out.
         (ahead,) = (turn,) if self.plain or looped else _in_turn(i)
-        return jax.tree.map(lambda a: _take(a, ahead if a.nbytes <= a.shape[0] * _SMALL else turn), stacked)
+        return jax.tree.map(lambda a: take(a, ahead if a.nbytes <= a.shape[0] * _SMALL else turn), stacked)
 
     def empty_outs(self, x: Array, owns: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
         """Room for what the layers of each kind return."""
@@ -153,8 +154,8 @@ class _Plan:
         def step(state: Any) -> Any:
             done, carry, ys = state
             period = repeats - 1 - done if reverse else done
-            carry, y = body(carry, _take((places, xs), period))
-            return done + 1, carry, _put(ys, period, y)
+            carry, y = body(carry, take((places, xs), period))
+            return done + 1, carry, put(ys, period, y)
 
         _, y = jax.eval_shape(body, carry, _one((places, xs)))
         ys = jax.tree.map(lambda a: jnp.zeros((repeats, *a.shape), a.dtype), y)
@@ -180,18 +181,10 @@ def _one(stacked: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
 
 
-def _take(stacked: Any, i: Array) -> Any:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
-
-
 def _in_turn(*arrays: Any) -> tuple[Any, ...]:
     """The arrays, none before all are there. Of layers that no loop parts, XLA would else decode the weights at once, leave the adapters'
     gradients for later, and find what is computed again to be what was computed first: each into memory of its own."""
     return jax.lax.optimization_barrier(arrays)
-
-
-def _put(stacked: Any, i: Array, one: Any) -> Any:
-    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0, allow_negative_indices=False), stacked, one)
 
 
 def _forward(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: Any, wanted: Any = None) -> tuple[Any, Any]:
@@ -208,7 +201,7 @@ def _forward(plan: _Plan, x: Array, owns: Any, consts: Any, slots: Any, states: 
             (x, out), saved, _ = linearise(plan.blocks[kind], x, one, const, wanted[kind], how, keep=keep)
         else:
             x, out = plan.blocks[kind](x, one, *const)
-        return x, _put(outs, i, out), saved
+        return x, put(outs, i, out), saved
 
     layers = [jax.jit(functools.partial(layer, kind)) for kind in range(len(plan.blocks))]
 
@@ -250,8 +243,8 @@ def _scan_bwd(plan: _Plan, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         downs, dconsts = sums
         dx, turn, (here, *saved), downs = _in_turn(dx, i, kept, downs)
         pull = linearise(plan.blocks[kind], here, plan.part(own, i, turn), const, wanted[kind], how, keep=keep)[2]
-        dx, down, dconst = pull((dx, _take(dout, i)), saved)
-        return dx, (_put(downs, turn, down), jax.tree.map(jnp.add, dconsts, dconst))
+        dx, down, dconst = pull((dx, take(dout, i)), saved)
+        return dx, (put(downs, turn, down), jax.tree.map(jnp.add, dconsts, dconst))
 
     layers = [jax.jit(functools.partial(layer, kind)) for kind in range(len(plan.blocks))]
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from jaxlora.typing import Array
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,16 @@ def linearise(
         return treedef.unflatten([filled[i] for i in range(len(leaves))])(dy)
 
     return out, [leaves[i] for i in places], resume
+
+
+def take(stacked: Any, i: Array) -> Any:
+    """Layer i's of arrays [layers, ...]."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
+
+
+def put(stacked: Any, i: Array, one: Any) -> Any:
+    """The arrays [layers, ...] with ``one`` as layer i's."""
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0, allow_negative_indices=False), stacked, one)
 
 
 def values(tree: Any) -> Any:

@@ -17,12 +17,13 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
     """Returns how to run a forward pass that will be differentiated.
 
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
-    memory, from where each is fetched while another block runs (of rows of 8,192 tokens and more also attention's output); "dots" keeps
-    matrix products and attention (its output and log-sum-exp) and recomputes only elementwise work; there, unless ``unroll`` says
-    otherwise, layers that are all alike are each compiled by themselves, because a loop would copy all that is kept. The R columns A·x of
-    each adapter are kept by "dots" and "unsloth" and, where all layers are alike, by True: they are small, and recomputing them reads x
-    again. So are a norm's statistics, which "dots" keeps where a kernel made the norm. Where blocks are recomputed, the decoder's MLPs take
-    at most 8,192 tokens at a time: more would need more memory and be no faster.
+    memory, from where each is fetched while another block runs. With them waits all that attention needs, where it can move behind products
+    and takes no more than a quarter of the host's memory; else, of rows of 8,192 tokens and more, attention's output. "dots" keeps matrix
+    products and attention (its output and log-sum-exp) and recomputes only elementwise work; there, unless ``unroll`` says otherwise,
+    layers that are all alike are each compiled by themselves, because a loop would copy all that is kept. The R columns A·x of each adapter
+    are kept by "dots" and "unsloth" and, where all layers are alike, by True: they are small, and recomputing them reads x again. So are a
+    norm's statistics, which "dots" keeps where a kernel made the norm. Where blocks are recomputed, the decoder's MLPs take at most 8,192
+    tokens at a time: more would need more memory and be no faster.
 
     >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint
     (True, False)

@@ -41,11 +41,14 @@ LAYER_MUTANTS = [
         "a pending norm's adapters do not drop",
         PENDING,
     ),
-    Mutant("jaxlora/nn/offload.py", "[here, *saved]", "[before[0], *saved]", "every block is recomputed from the first input", STACK),
+    Mutant("jaxlora/nn/offload.py", "first_of(layer - 1)", "first_of(layer)", "a block's backward begins with its successor's", STACK),
+    Mutant("jaxlora/nn/offload.py", "put(dxs, layer, down)", "put(dxs, done, down)", "gradients in the order of the backward", STACK),
+    Mutant("jaxlora/nn/offload.py", "_ATTENTION if fits and", "_ATTENTION if", "more is kept than the host has room for", OFFLOAD),
+    Mutant("jaxlora/nn/offload.py", "(1 if w.decoded else 2)", "1", "products in e4m3 count as long as others", OFFLOAD),
     Mutant("jaxlora/nn/offload.py", "if x.shape[-2] >= _LONG", "if False", "attention of long rows is computed again", OFFLOAD),
     Mutant("jaxlora/nn/offload.py", "jnp.add, dconst, added", "lambda a, b: b, dconst, added", "what blocks share, by one of them", STACK),
     Mutant("jaxlora/nn/scan.py", "jnp.add, dconsts, dconst", "lambda a, b: b, dconsts, dconst", "what kinds share, by one layer", STACK),
-    Mutant("jaxlora/nn/scan.py", "_put(downs, turn, down)", "_put(downs, 0, down)", "all gradients of a kind in one place", STACK),
+    Mutant("jaxlora/nn/scan.py", "put(downs, turn, down)", "put(downs, 0, down)", "all gradients of a kind in one place", STACK),
     Mutant("jaxlora/nn/scan.py", "self.plain or looped", "self.plain", "a number that XLA cannot work out in a loop", STACK),
     Mutant("jaxlora/train/remat.py", '"residual"', '"none"', "the projection is kept in place of the sum", REMAT),
     Mutant("jaxlora/nn/attention.py", "if self.q_norm is None:", "if True:", "turned heads are kept beside what is normed", REMAT),
@@ -53,7 +56,7 @@ LAYER_MUTANTS = [
     Mutant("jaxlora/nn/scan.py", "else [here, *saved]", "else [x, *saved]", "layers are recomputed from their outputs", STACK),
     Mutant("jaxlora/nn/scan.py", "repeats - 1 - done if reverse else done", "done", "the backward begins with the first period", STACK),
     Mutant(
-        "jaxlora/nn/scan.py", "_take(dout, i)", "jax.tree.map(jnp.zeros_like, _take(dout, i))", "no gradient of what layers return", STACK
+        "jaxlora/nn/scan.py", "take(dout, i)", "jax.tree.map(jnp.zeros_like, take(dout, i))", "no gradient of what layers return", STACK
     ),
     Mutant("jaxlora/select.py", "return sorted(layer for", "return list(layer for", "stacked layers in the order of their starts", STACK),
     Mutant("jaxlora/nn/offload.py", "if dstates is not None:", "if False:", "collected states have no gradient", STACK),

@@ -1,4 +1,4 @@
-"""What waits in host memory beside a block's input is not computed again: adapters' columns, and in long rows attention."""
+"""What waits in host memory beside a block's input is not computed again: adapters' columns, attention's output or all that it needs."""
 
 import functools
 
@@ -11,6 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlora.nn import offload
 from jaxlora.nn.scan import Run, Scan, scan_periods
 from jaxlora.nn.vjp import Wanted, linearise
+from jaxlora.weights.dense import Dense
+from jaxlora.weights.float8 import Float8
 from tests.tolerances import REORDERED_FP32
 
 ROWS, WIDTH, PERIODS = 4, 3, 3
@@ -43,6 +45,12 @@ def plain(x, w):
     return x + jnp.sin(x * w), None
 
 
+def attending(x, w):
+    """Attention and an MLP, as a layer names what they make."""
+    y = checkpoint_name(x + root(root(x * w, "qkv"), "attn_out"), "residual")
+    return y + jnp.sin(y * w), None
+
+
 def drawn(*shape):
     return jnp.asarray(np.random.default_rng(0).uniform(1, 2, shape).astype(np.float32))
 
@@ -54,9 +62,9 @@ def scanned(blocks, x, weights):
     return scan_periods(run, scan, [lambda x, own, block=block: block(x, *own) for block in blocks], x, weights, None, None)[0]
 
 
-def gradient(blocks):
-    """(the compiled gradient by x and the blocks' weights, its arguments)."""
-    x, weights = drawn(ROWS, WIDTH), [(drawn(PERIODS, ROWS, WIDTH) + i,) for i in range(len(blocks))]
+def gradient(blocks, *more):
+    """(the compiled gradient by x and the blocks' weights, its arguments); ``more`` is what all blocks get beside."""
+    x, weights = drawn(ROWS, WIDTH), [(drawn(PERIODS, ROWS, WIDTH) + i, *more) for i in range(len(blocks))]
 
     def loss(x, weights):
         return jnp.sum(jnp.sin(scanned(blocks, x, weights)))
@@ -90,6 +98,53 @@ def test_beside_its_input_a_block_saves_attention_and_none_of_its_weights(monkey
 
     jax.eval_shape(saved, x, w)
     assert sizes == [(2, ROWS, WIDTH)]
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Sets what the host has, in bytes, and what a byte's way is worth."""
+
+    def set_to(host, flop_a_byte):
+        monkeypatch.setattr(offload, "host_bytes", lambda: host)
+        monkeypatch.setattr(offload, "_FLOP_A_BYTE", flop_a_byte)
+
+    return set_to
+
+
+# Of each layer: four arrays [ROWS, WIDTH] in fp32 travel, and a product of 64 x 64 has 170 FLOP for each of their bytes.
+LAYER_BYTES = 4 * ROWS * WIDTH * 4
+DENSE = Dense(drawn(PERIODS, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("weight", "host", "flop_a_byte", "times"),
+    [
+        (DENSE, 4 * PERIODS * LAYER_BYTES, 170, 1),
+        (DENSE, 4 * PERIODS * LAYER_BYTES, 171, 2),
+        (DENSE, 4 * PERIODS * LAYER_BYTES - 1, 170, 2),
+        (Float8.of(DENSE), 4 * PERIODS * LAYER_BYTES, 85, 1),
+        (Float8.of(DENSE), 4 * PERIODS * LAYER_BYTES, 86, 2),
+    ],
+    ids=["hidden and room", "products too short", "no room", "e4m3, hidden", "e4m3 takes half the time"],
+)
+def test_attention_runs_once_where_its_arrays_travel_behind_products_and_have_room(room, weight, host, flop_a_byte, times):
+    room(host, flop_a_byte)
+    program, _ = gradient([lambda x, w, weight: attending(x, w)], weight)
+    assert program.as_text().count(" cbrt(") == 2 * times
+
+
+def test_attention_that_travels_whole_changes_no_gradient(room):
+    room(1 << 40, 0)
+    program, (x, weights) = gradient([attending])
+
+    def one_after_the_other(x, weights):
+        for i in range(PERIODS):
+            x, _ = attending(x, weights[0][0][i])
+        return jnp.sum(jnp.sin(x))
+
+    expected = jax.grad(one_after_the_other, argnums=(0, 1))(x, weights)
+    for ours, theirs in zip(jax.tree.leaves(program(x, weights)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=20 * REORDERED_FP32, atol=20 * REORDERED_FP32)
 
 
 @pytest.mark.parametrize("blocks", [[block], [block, plain], [plain, taller, block]], ids=["alike", "some keep nothing", "three shapes"])

@@ -110,8 +110,9 @@ def test_wide_gradients_of_one_pass_are_the_others_under_every_policy(policy, in
     assert ran
 
 
-def test_attention_that_is_kept_in_host_memory_changes_neither_loss_nor_gradient(monkeypatch):
-    monkeypatch.setattr(offload, "_LONG", 1)
+@pytest.mark.parametrize("constant", ["_LONG", "_FLOP_A_BYTE"], ids=["its output", "all that it needs"])
+def test_attention_that_is_kept_in_host_memory_changes_neither_loss_nor_gradient(monkeypatch, constant):
+    monkeypatch.setattr(offload, constant, 0)
     (loss, gradient), (expected_loss, expected) = gradient_under.__wrapped__("unsloth"), gradient_under(False)
     assert abs(float(loss / expected_loss) - 1) <= REORDERED_FP32
     assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
