@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,13 +26,14 @@ from jaxlora.weights.base import AbstractWeight
 
 type Block = Callable[..., tuple[Array, None]]
 
+_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 # Tokens in a row from which attention's output is kept. It waits on the device as a block's input does, once for the block and once for the
 # next: in shorter rows that memory is dearer than recomputing it.
 _LONG = 8192
 # Arithmetic of products for each byte that travels, from which the copies cost less than recomputing: they hide behind some 14,000 on an
 # H100 (700 TFLOP/s, and 50 GB/s to the host), and a forward that waits for them is made up for by its backward down to this.
 _FLOP_A_BYTE = 10_000
-# Of the host's memory.
+# The share of the host's memory that may be taken for what need not wait there.
 _MOST = 0.25
 
 
@@ -118,36 +119,34 @@ def _scan_fwd(block: Block, x: Any, xs: Any, slots: Any, states: Any, const: Any
     x, xs, slots, states, const = values((x, xs, slots, states, const))
     kept = _kept(block, x, xs, const, wanted)
 
-    def run(x: Array, own: Any) -> tuple[Array, list[Array]]:
+    def run(x: Array, own: Any) -> tuple[Array, tuple[list[Array | None], list[Array | None]]]:
         (out, _), saved, _ = linearise(block, x, own, const, wanted, kept.how(), keep=True)
-        return out, [a if _waits(a) else jax.device_put(a, jax.memory.Space.Host) for a in (x, *saved)]
+        # What `jax.checkpoint` has sent must not be sent again.
+        late = [jax.device_put(x, _HOST) if kept.late else None, *(a if jax.typeof(a).memory_space == _HOST else None for a in saved)]
+        early = [jax.device_put(a, _HOST) if b is None else None for a, b in zip((x, *saved), late, strict=True)]
+        return out, (early, late)
 
     out, sent = _forward(run, x, xs, slots, states)
     return out, (sent, kept, xs, slots, const, wanted)
 
 
-def _waits(a: Array) -> bool:
-    """Whether an array is in host memory."""
-    return jax.typeof(a).memory_space == jax.memory.Space.Host
-
-
 def _scan_bwd(block: Block, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    sent, kept, xs, slots, const, wanted = residuals
+    (early, late), kept, xs, slots, const, wanted = residuals
     dx, dstates = cotangents
     dx = jnp.zeros(dx.shape, dx.dtype) if is_zero(dx) else dx
     dstates = None if dstates is None or is_zero(dstates) else dstates
-    layers, late = len(sent[0]), _late(block, dx, xs, const, wanted, kept)
+    layers = len(jax.tree.leaves(early)[0])
 
-    def first_of(layer: Array) -> list[Array]:
+    def first_of(layer: Array) -> list[Array | None]:
         """What a layer's backward begins with, on the device."""
-        return [jax.device_put(take(a, layer), jax.memory.Space.Device) for a, waits in zip(sent, late, strict=True) if not waits]
+        return jax.device_put(take(early, layer), _DEVICE)
 
     def body(done: Array, carry: Any) -> Any:
         (dx, first, dconst, dxs), layer = carry, layers - 1 - done
-        # Of the first layer none is before it, and what is fetched is not used.
-        before, those = first_of(layer - 1), iter(first)
-        here, *saved = [take(a, layer) if waits else next(those) for a, waits in zip(sent, late, strict=True)]
-        here = jax.device_put(here, jax.memory.Space.Device)
+        # Before the first layer there is none: what is fetched then is not used.
+        before = first_of(layer - 1)
+        here, *saved = [b if a is None else a for a, b in zip(first, take(late, layer), strict=True)]
+        here = jax.device_put(here, _DEVICE)
         pull = linearise(block, here, take(xs, layer), const, wanted, kept.how(), keep=True)[2]
         dx, down, added = pull((dx, None), saved)
         if dstates is not None:
@@ -157,17 +156,6 @@ def _scan_bwd(block: Block, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     nothing = [jax.tree.map(jnp.zeros_like, w.of_these(tree)) for w, tree in ((wanted[1], const), (wanted[0], xs))]
     dx, _, dconst, dxs = jax.lax.fori_loop(0, layers, body, (dx, first_of(jnp.int32(layers - 1)), *nothing))
     return dx, wanted[0].gradient(dxs, xs), None, None, wanted[1].gradient(dconst, const)
-
-
-def _late(block: Block, x: Array, xs: Any, const: Sequence[Any], wanted: tuple[Wanted, Wanted], kept: Kept) -> list[bool]:
-    """Whether a layer's backward can wait for its input, and for each of what else was sent of it."""
-    found: list[bool] = []
-
-    def probe(x: Array, own: Any) -> None:
-        found.extend(map(_waits, linearise(block, x, own, const, wanted, kept.how(), keep=True)[1]))
-
-    jax.eval_shape(probe, x, jax.tree.map(lambda a: a[0], xs))
-    return [bool(kept.late), *found]
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd, symbolic_zeros=True)

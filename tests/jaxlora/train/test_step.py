@@ -118,6 +118,25 @@ def test_attention_that_is_kept_in_host_memory_changes_neither_loss_nor_gradient
     assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
 
 
+@pytest.mark.parametrize("quant_type", ["int4", "nf4"])
+def test_all_that_waits_in_host_memory_belongs_to_tokens(monkeypatch, quant_type):
+    monkeypatch.setattr(offload, "_FLOP_A_BYTE", 0)
+    kept, linearise = [], offload.linearise
+
+    def watched(*arguments, **options):
+        made = linearise(*arguments, **options)
+        kept.extend(a.shape for a in made[1])
+        return made
+
+    monkeypatch.setattr(offload, "linearise", watched)
+    values, graphdef, trainable, frozen = adapted("qwen3", quant_type)
+    batch = split(rows(2), values, 2, accumulate=1)
+    jax.eval_shape(lambda *trees: value_and_grad(graphdef, *trees, execution("unsloth")), trainable, frozen, batch)
+    # Rows and tokens, tokens alone, and of the log-sum-exp rows, heads and tokens.
+    assert {shape for shape in kept if len(shape) == 4} and {shape for shape in kept if len(shape) == 2}
+    assert {shape for shape in kept if shape[:2] != (2, LENGTH) and shape[0] != 2 * LENGTH and shape[::2] != (2, LENGTH)} == set()
+
+
 @pytest.mark.parametrize("model_type", TEXT)
 def test_every_trainable_leaf_of_an_adapter_has_a_gradient(model_type):
     values, graphdef, trainable, frozen = adapted(model_type)
