@@ -10,10 +10,12 @@ attention is what costs most to recompute, its output and log-sum-exp. Where pro
 attention needs travels, and the sum of its output and the input, from which the MLP is recomputed: attention then runs once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,8 @@ _LONG = 8192
 _FLOP_A_BYTE = 10_000
 # The share of the host's memory that may be taken for what need not wait there.
 _MOST = 0.25
+# Of a container's memory, as cgroups of version 2 and 1 have it: who takes more is killed.
+_LIMITS = pathlib.Path("/sys/fs/cgroup/memory.max"), pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @jax.tree_util.register_static
@@ -70,8 +74,13 @@ def _least(x: Array) -> Kept:
 
 
 def host_bytes() -> int:
-    """The host's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The memory of the host, or of the container that this runs in, where it has less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in _LIMITS:
+        # There is none, or it is "max".
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(limit.read_text()))
+    return min(sizes)
 
 
 def _kept(block: Block, x: Array, xs: Any, const: Any, wanted: tuple[Wanted, Wanted]) -> Kept:

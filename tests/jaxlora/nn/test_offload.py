@@ -1,6 +1,7 @@
 """What waits in host memory beside a block's input is not computed again: adapters' columns, attention's output or all that it needs."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,20 @@ def room(monkeypatch):
         monkeypatch.setattr(offload, "_FLOP_A_BYTE", flop_a_byte)
 
     return set_to
+
+
+@pytest.mark.parametrize(
+    ("limits", "least"),
+    [(["1048576\n"], 1 << 20), (["max\n", "2097152\n"], 1 << 21), (["max\n"], None), ([], None), (["9223372036854771712\n"], None)],
+    ids=["version 2", "version 1", "no limit", "no cgroup", "version 1, no limit"],
+)
+def test_a_container_may_have_less_memory_than_its_host(monkeypatch, tmp_path, limits, least):
+    files = [tmp_path / str(i) for i in range(2)]
+    for file, limit in zip(files, limits, strict=False):
+        file.write_text(limit)
+    monkeypatch.setattr(offload, "_LIMITS", files)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}.__getitem__)
+    assert offload.host_bytes() == (4096 << 20 if least is None else least)
 
 
 # Of each layer: four arrays [ROWS, WIDTH] in fp32 travel, and a product of 64 x 64 has 170 FLOP for each of their bytes.
