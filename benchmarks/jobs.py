@@ -61,7 +61,11 @@ JOBS: Mapping[str, Job] = {
     "8b-fp8": Job(
         model="llama-3.1-8b",
         ours="--remat dots --compute float8",
-        rivals={"unsloth": _text("--stack unsloth --gc off", 1.3, 1.6)},
+        rivals={
+            "unsloth": _text("--stack unsloth --gc off", 1.3, 1.6),
+            "hf": _text("--stack hf --gc off", 2.0),
+            "hf-checkpointing": _text("--stack hf --gc on", 2.0),
+        },
     ),
     "8b-small-fp8": Job(
         model="llama-3.1-8b",
@@ -76,6 +80,18 @@ JOBS: Mapping[str, Job] = {
     "8b-16bit": Job(
         model="llama-3.1-8b",
         ours="--remat dots --weights bf16",
+        limit_gb=49.0,
+        rows=2,
+        sequence=4096,
+        rivals={
+            "unsloth": _text("--stack unsloth --gc off --bits 16", 1.08, 1.2),
+            "hf": _text("--stack hf --gc off --bits 16", 2.0),
+            "hf-checkpointing": _text("--stack hf --gc on --bits 16", 2.0),
+        },
+    ),
+    "8b-16bit-fp8": Job(
+        model="llama-3.1-8b",
+        ours="--remat dots --weights bf16 --compute float8",
         limit_gb=49.0,
         rows=2,
         sequence=4096,

@@ -9,11 +9,12 @@ import argparse
 import os
 import pathlib
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import results
@@ -121,27 +122,34 @@ def describe(row: dict[str, Any], first_steps: Sequence[float]) -> str:
 
 def run(name: str, args: argparse.Namespace) -> bool:
     """Runs one job, prints and records its ratios; whether each rival's "must" is met."""
-    job, met = JOBS[name], True
-    rivals = [r for r in job.rivals if not args.rivals or r in args.rivals]
-    ours, theirs = take_turns(name, rivals, args)
-    for rival in rivals:
-        if not ours or rival not in theirs:
-            print(f"{name}: no ratio to {rival}, since a run failed", flush=True)
-            met = False
-            continue
-        row = {"job": name, **compare(job, rival, ours, theirs[rival]), **_where(ours[0])}
-        print(describe(row, [o["first_step_s"] for o in ours]), flush=True)
-        results.print_result(row)
-        record(args, "versus.csv", row)
-        met = met and row["met"]
-    return met
-
-
-def take_turns(name: str, rivals: Sequence[str], args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """(our rows, the rivals' by name), all recorded. A run that fails is told, and is no reason to lose the others."""
-    job, commit = JOBS[name], {"commit": args.commit or results.head()}
+    rivals = [r for r in JOBS[name].rivals if not args.rivals or r in args.rivals]
     ours: list[dict[str, Any]] = []
     theirs: dict[str, dict[str, Any]] = {}
+    try:
+        take_turns(name, rivals, args, ours, theirs)
+    finally:
+        # Stopped in the middle, it still tells what it knows.
+        met = [report(name, rival, args, ours, theirs) for rival in rivals]
+    return all(met)
+
+
+def report(name: str, rival: str, args: argparse.Namespace, ours: Sequence[dict[str, Any]], theirs: Mapping[str, dict[str, Any]]) -> bool:
+    """Prints and records the ratio to one rival, where both have run; whether its "must" is met."""
+    if not ours or rival not in theirs:
+        print(f"{name}: no ratio to {rival}, since a run failed or there was none", flush=True)
+        return False
+    row = {"job": name, **compare(JOBS[name], rival, ours, theirs[rival]), **_where(ours[0])}
+    print(describe(row, [o["first_step_s"] for o in ours]), flush=True)
+    results.print_result(row)
+    record(args, "versus.csv", row)
+    return row["met"]
+
+
+def take_turns(
+    name: str, rivals: Sequence[str], args: argparse.Namespace, ours: list[dict[str, Any]], theirs: dict[str, dict[str, Any]]
+) -> None:
+    """Adds our rows to ``ours`` and the rivals' to ``theirs``, all recorded. A run that fails is told, and no reason to lose others."""
+    job, commit = JOBS[name], {"commit": args.commit or results.head()}
     with tempfile.TemporaryDirectory() as cache:
         for who in plan(rivals):
             try:
@@ -157,7 +165,6 @@ def take_turns(name: str, rivals: Sequence[str], args: argparse.Namespace) -> tu
                 record(args, "train_step.csv" if script == OURS else "rivals.csv", theirs[who])
             except (RuntimeError, ValueError, subprocess.SubprocessError) as error:
                 print(f"{name}, {who}: {error}", flush=True)
-    return ours, theirs
 
 
 def write_checkpoint(model: str, checkpoints: pathlib.Path) -> None:
@@ -191,6 +198,7 @@ def main() -> int:
     idle = [name for name in args.jobs if args.rivals and not set(args.rivals) & set(JOBS[name].rivals)]
     if idle:
         parser.error(f"none of {args.rivals} is a rival of {', '.join(f'{name} ({", ".join(JOBS[name].rivals)})' for name in idle)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     # Every run has a folder of its own.
     args.checkpoints, args.rival_path = args.checkpoints.absolute(), args.rival_path and os.path.abspath(args.rival_path)
     return 0 if all([run(name, args) for name in args.jobs]) else 1

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -124,27 +125,56 @@ def test_runs_of_different_work_have_no_ratio():
         versus.same_work(jobs.JOBS["8b"], ran(0.4, 33.0, rows=1))
 
 
-def test_versus_runs_in_turn_records_every_row_and_goes_on_when_a_rival_fails(tmp_path, monkeypatch, capsys):
+def versus_8b(tmp_path, monkeypatch, execute):
+    """Has `versus` run the job with ``execute(who, path)`` in place of processes; its exit status."""
     (tmp_path / "checkpoints" / "llama-3.1-8b").mkdir(parents=True)
     (tmp_path / "checkpoints" / "llama-3.1-8b" / "config.json").touch()
+
+    def instead(command, *, path=""):
+        return execute(command[command.index("--stack") + 1] if "--stack" in command else "ours", path)
+
+    monkeypatch.setattr(versus, "execute", instead)
+    arguments = ["versus", "8b", "--checkpoints", str(tmp_path / "checkpoints"), "--rival-path", "/wheels", "--csv", str(tmp_path / "csv")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--rivals", "unsloth", "hf", "--commit", "abc"])
+    return versus.main()
+
+
+def a_run(who):
+    return ran(0.4 if who == "ours" else 0.5, 33.0, device="a card", date="2026-11-24", commit="", jax="0")
+
+
+def test_versus_runs_in_turn_records_every_row_and_goes_on_when_a_rival_fails(tmp_path, monkeypatch, capsys):
     order = []
 
-    def execute(command, *, path=""):
-        who = command[command.index("--stack") + 1] if "--stack" in command else "ours"
+    def execute(who, path):
         order.append((who, path))
         if who == "hf":
             raise RuntimeError("out of memory")
-        return ran(0.4 if who == "ours" else 0.5, 33.0, device="a card", date="2026-11-24", commit="", jax="0")
+        return a_run(who)
 
-    monkeypatch.setattr(versus, "execute", execute)
-    arguments = ["versus", "8b", "--checkpoints", str(tmp_path / "checkpoints"), "--rival-path", "/wheels", "--csv", str(tmp_path / "csv")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--rivals", "unsloth", "hf", "--commit", "abc"])
-    assert versus.main() == 1
+    assert versus_8b(tmp_path, monkeypatch, execute) == 1
     assert order == [("ours", ""), ("unsloth", "/wheels"), ("ours", ""), ("hf", "/wheels")]
     said = capsys.readouterr().out
     assert "ratio 1.250; must 1.12: met" in said and "out of memory" in said and "no ratio to hf" in said
     assert [row["commit"] for row in results.read(tmp_path / "csv" / "train_step.csv")] == ["abc", "abc"]
     assert [row["ratio"] for row in results.read(tmp_path / "csv" / "versus.csv")] == ["1.25"]
+
+
+def test_versus_that_is_stopped_tells_the_pairs_that_are_complete(tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def execute(who, path):
+        if who == "hf":
+            signal.raise_signal(signal.SIGTERM)
+        return a_run(who)
+
+    try:
+        with pytest.raises(SystemExit, match="stopped"):
+            versus_8b(tmp_path, monkeypatch, execute)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "ratio 1.250" in capsys.readouterr().out
+    assert [row["rival"] for row in results.read(tmp_path / "csv" / "versus.csv")] == ["unsloth"]
 
 
 def report(folder, **counts):
