@@ -19,6 +19,11 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 5e5,
         "rope_scaling": _LLAMA_3_ROPE,
     },
+    "qwen3-8b": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
+        "rope_theta": 1e6, "tie_word_embeddings": False,
+    },
     "qwen2-vl-7b": {
         "model_type": "qwen2_vl", "max_position_embeddings": 32768, **_QWEN_7B,
         "vision_config": {

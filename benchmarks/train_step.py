@@ -156,7 +156,7 @@ def settings(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, A
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("model", choices=GEOMETRIES)
-    made.add_argument("--remat", default="True", choices=("False", "True", "unsloth", "dots"))
+    made.add_argument("--remat", default="True", choices=("False", "True", "unsloth", "attention", "dots"))
     made.add_argument("--weights", default="int4", choices=("int4", "nf4", "bf16"))
     made.add_argument("--compute", default="", choices=("", "float8"), help="what the frozen base multiplies in; the activations' without")
     made.add_argument("--execution", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of Execution, such as attention=xla")

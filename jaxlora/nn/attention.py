@@ -83,6 +83,7 @@ class Attention(nnx.Module):
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, None if keys is None else [keys.get(n) for n in names])
         q, k, v = (t.reshape(B, S, -1, c.head_dim) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = kept_heads(q, k, v, name="unnormed")
             q, k = self.q_norm(q), self.k_norm(k)
         table = shared.rope if self.window is None or shared.local_rope is None else shared.local_rope
         q, k = rotate(q, table), rotate(k, table)
@@ -131,12 +132,12 @@ class LayerInputs:
     number: Any = None
 
 
-def kept_heads(*qkv: Float[Array, "B S _ C"]) -> tuple[Float[Array, "B S _ C"], ...]:
+def kept_heads(*qkv: Float[Array, "B S _ C"], name: str = "qkv") -> tuple[Float[Array, "B S _ C"], ...]:
     """Turned queries and keys, and values, for the policies that keep them in place of the products that they come from.
 
-    Not where a norm comes between, whose backward needs those all the same.
+    Where a norm comes between, its backward needs what it took all the same: "unnormed", for policies that do not keep the products.
     """
-    return tuple(checkpoint_name(t, "qkv") for t in qkv)
+    return tuple(checkpoint_name(t, name) for t in qkv)
 
 
 def _write(cache: Float[Array, "B T K C"], new: Float[Array, "B S K C"], column: Int[Array, " B"]) -> Float[Array, "B T K C"]:

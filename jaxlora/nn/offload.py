@@ -61,7 +61,7 @@ class Kept:
 
 _COLUMNS = Kept(("lora_u",))
 _OUTPUT = Kept(("lora_u", "attn_out", "attn_lse"))
-_ATTENTION = Kept(("lora_u", "residual"), ("attn_out", "attn_lse", "qkv"))
+_ATTENTION = Kept(("lora_u", "residual"), ("attn_out", "attn_lse", "qkv", "unnormed"))
 
 
 def recomputing(x: Array) -> dict[str, Any]:

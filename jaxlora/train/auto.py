@@ -17,9 +17,9 @@ from jaxlora.train.meters import GIB
 
 log = logging.getLogger(__name__)
 
-# Fastest first, measured at 8B on an H200: "dots" recomputes least, "unsloth" pays for the transfers. False is no candidate: it saves more
-# than "dots" does, and writing it takes longer than computing it again.
-CANDIDATES = ("dots", True, "unsloth")
+# Fastest first: "dots" recomputes least, "unsloth" may wait for its copies. False is no candidate: it saves more than "dots" does, and
+# writing it takes longer than computing it again.
+CANDIDATES = ("dots", "attention", True, "unsloth")
 
 type Lower = Callable[[bool | str], jax.stages.Lowered]
 

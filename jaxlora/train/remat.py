@@ -10,7 +10,9 @@ from jaxlora.nn.scan import Scan
 
 # Tokens: products of this many rows are as fast as any, and weights are decoded anew for each tile.
 MLP_TILE = 8192
-CHOICES = (False, True, "unsloth", "dots", "auto")
+CHOICES = (False, True, "unsloth", "attention", "dots", "auto")
+# All that attention's backward needs, and the sum from which the MLP is recomputed.
+_ATTENTION = ("attn_out", "attn_lse", "lora_u", "qkv", "residual")
 
 
 def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = None, **other: Any) -> Execution:
@@ -18,12 +20,12 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
 
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
     memory, from where each is fetched while another block runs. With them waits all that attention needs, where it can move behind products
-    and takes no more than a quarter of the host's memory; else, of rows of 8,192 tokens and more, attention's output. "dots" keeps matrix
-    products and attention (its output and log-sum-exp) and recomputes only elementwise work; there, unless ``unroll`` says otherwise,
-    layers that are all alike are each compiled by themselves, because a loop would copy all that is kept. The R columns A·x of each adapter
-    are kept by "dots" and "unsloth" and, where all layers are alike, by True: they are small, and recomputing them reads x again. So are a
-    norm's statistics, which "dots" keeps where a kernel made the norm. Where blocks are recomputed, the decoder's MLPs take at most 8,192
-    tokens at a time: more would need more memory and be no faster.
+    and takes no more than a quarter of the host's memory; else, of rows of 8,192 tokens and more, attention's output. "attention" keeps
+    all that attention needs on the device and recomputes the MLP. "dots" keeps matrix products too and recomputes only elementwise work;
+    there, unless ``unroll`` says otherwise, layers that are all alike are each compiled by themselves, because a loop would copy all that
+    is kept. The R columns A·x of each adapter are kept by all of these, by True where all layers are alike: they are small, and recomputing
+    them reads x again. So are a norm's statistics, which "attention" and "dots" keep where a kernel made the norm. Where MLPs are
+    recomputed, the decoder's take at most 8,192 tokens at a time: more would need more memory and be no faster.
 
     >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint
     (True, False)
@@ -40,10 +42,12 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
             return Execution(scan=Scan(checkpoint=True, columns=True, unroll=periods), **{"mlp_tile": MLP_TILE, **other})
         case "unsloth":
             return Execution(scan=Scan(checkpoint=True, offload=True, unroll=periods), **{"mlp_tile": MLP_TILE, **other})
+        case "attention":
+            kept = saved(*_ATTENTION, "unnormed")
+            return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=periods), **{"mlp_tile": MLP_TILE, **other})
         case "dots":
-            kept = saved("dot", "attn_out", "attn_lse", "lora_u", "qkv", "residual")
-            return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=unroll), **other)
+            return Execution(scan=Scan(checkpoint=True, remat=saved("dot", *_ATTENTION), unroll=unroll), **other)
         case "auto":
             raise ValueError('"auto" is no policy: train.auto.choose compiles the policies and takes one; SFTTrainer does so itself')
-    hint = nearest(str(use_gradient_checkpointing), ["unsloth", "dots", "auto"])
+    hint = nearest(str(use_gradient_checkpointing), ["unsloth", "attention", "dots", "auto"])
     raise ValueError(f"use_gradient_checkpointing must be one of {CHOICES}, got {use_gradient_checkpointing!r}{hint}")

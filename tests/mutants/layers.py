@@ -51,6 +51,7 @@ LAYER_MUTANTS = [
     Mutant("jaxlora/nn/scan.py", "put(downs, turn, down)", "put(downs, 0, down)", "all gradients of a kind in one place", STACK),
     Mutant("jaxlora/nn/scan.py", "self.plain or looped", "self.plain", "a number that XLA cannot work out in a loop", STACK),
     Mutant("jaxlora/train/remat.py", '"residual"', '"none"', "the projection is kept in place of the sum", REMAT),
+    Mutant("jaxlora/train/remat.py", ', "unnormed"', "", "what is normed is computed again beside what is kept of it", REMAT),
     Mutant("jaxlora/nn/attention.py", "if self.q_norm is None:", "if True:", "turned heads are kept beside what is normed", REMAT),
     Mutant("jaxlora/nn/scan.py", " + self.kinds[:p].count(kind)", "", "a period's layers of a kind are one layer", STACK),
     Mutant("jaxlora/nn/scan.py", "else [here, *saved]", "else [x, *saved]", "layers are recomputed from their outputs", STACK),

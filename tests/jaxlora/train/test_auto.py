@@ -9,7 +9,7 @@ import pytest
 from jaxlora.train import auto
 from jaxlora.train.remat import execution
 
-ROWS = {"dots": 3000, True: 2000, "unsloth": 1000}
+ROWS = {"dots": 4000, "attention": 3000, True: 2000, "unsloth": 1000}
 
 
 def lowered(policy):
@@ -48,7 +48,7 @@ def compiled():
 def test_more_memory_buys_the_faster_policy(compiled):
     lower, _ = compiled
     sizes = needs()
-    assert sizes["dots"] > sizes[True] > sizes["unsloth"] > 0
+    assert sizes["dots"] > sizes["attention"] > sizes[True] > sizes["unsloth"] > 0
     for policy in auto.CANDIDATES:
         assert auto.choose(lower, sizes[policy]).policy == policy
 
@@ -56,14 +56,14 @@ def test_more_memory_buys_the_faster_policy(compiled):
 def test_nothing_is_compiled_after_the_first_that_fits(compiled):
     lower, count = compiled
     auto.choose(lower, needs()[True])
-    assert count == ["dots", True]
+    assert count == ["dots", "attention", True]
 
 
 def test_a_kept_choice_compiles_nothing_and_another_limit_chooses_again(compiled, tmp_path):
     lower, count = compiled
     first = auto.choose(lower, needs()[True], cache=tmp_path / "remat.json")
     again = auto.choose(lower, needs()[True], cache=tmp_path / "remat.json")
-    assert (again.policy, again.describe()) == (first.policy, first.describe()) and count == ["dots", True]
+    assert (again.policy, again.describe()) == (first.policy, first.describe()) and count == ["dots", "attention", True]
     assert auto.choose(lower, needs()["unsloth"], cache=tmp_path / "remat.json").policy == "unsloth"
 
 
@@ -74,7 +74,8 @@ def test_a_broken_cache_is_only_a_warning(compiled, tmp_path, caplog):
 
 
 def test_where_none_fits_the_error_is_the_table(compiled):
-    with pytest.raises(ValueError, match=r"0\.0 GiB: 'dots' needs .*; True needs .*; 'unsloth' needs .*lower per_device_train"):
+    table = r"0\.0 GiB: 'dots' needs .*; 'attention' needs .*; True needs .*; 'unsloth' needs .*lower per_device_train"
+    with pytest.raises(ValueError, match=table):
         auto.choose(compiled[0], 1e-6)
 
 

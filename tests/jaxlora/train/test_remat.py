@@ -45,17 +45,18 @@ def _heads(config, count):
     return (1, S, count, config.head_dim)
 
 
+@pytest.mark.parametrize("policy", ["attention", "dots"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_dots_keeps_sums_and_turned_heads_in_place_of_the_products_they_come_from(model_type):
-    config, found = kept(model_type, "dots")
+def test_sums_and_turned_heads_are_kept_in_place_of_the_products_they_come_from(model_type, policy):
+    config, found = kept(model_type, policy)
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     turned = [_heads(config, config.num_attention_heads), *[_heads(config, config.num_key_value_heads)] * 2]
-    # Of heads that are normed, the norm's backward needs what it normed.
-    heads = turned if model_type == "llama" else [(S, q), (S, kv), (S, kv)]
-    state, wide = (1, S, config.hidden_size), (S, config.intermediate_size)
+    # Of heads that are normed, the norm's backward needs what it normed, which with "dots" is the product.
+    heads = [(S, q), (S, kv), (S, kv)] if (model_type, policy) == ("qwen3", "dots") else turned
+    state, wide = (1, S, config.hidden_size), [(S, config.intermediate_size)] * (2 if policy == "dots" else 0)
     attention = [_heads(config, config.num_attention_heads), (1, config.num_attention_heads, S)]
-    # The block's input and the sum in its middle; attention's output and log-sum-exp; gate and up; the columns of seven adapters.
-    assert found == collections.Counter([state, state, *heads, *attention, wide, wide, *[(S, RANK)] * 7])
+    # The block's input and the sum in its middle; attention's output and log-sum-exp; of "dots" gate and up; the columns of seven adapters.
+    assert found == collections.Counter([state, state, *heads, *attention, *wide, *[(S, RANK)] * 7])
 
 
 def test_true_keeps_the_input_and_the_adapters_columns():

@@ -88,8 +88,16 @@ def gradient_under(policy, **options):
 
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [(True, {}), ("unsloth", {"mlp_tile": 8}), ("dots", {}), ("dots", {"unroll": 1}), (True, {"unroll": 99})],
-    ids=["True", "unsloth", "dots", "dots in a loop", "unrolled"],
+    [
+        (True, {}),
+        ("unsloth", {"mlp_tile": 8}),
+        ("attention", {"mlp_tile": 8}),
+        ("dots", {}),
+        ("dots", {"unroll": 1}),
+        (True, {"unroll": 99}),
+        ("attention", {"unroll": 99}),
+    ],
+    ids=["True", "unsloth", "attention", "dots", "dots in a loop", "unrolled", "attention, unrolled"],
 )
 def test_remat_changes_neither_loss_nor_gradient(policy, options):
     (loss, gradient), (expected_loss, expected) = gradient_under(policy, **options), gradient_under(False)
@@ -98,7 +106,7 @@ def test_remat_changes_neither_loss_nor_gradient(policy, options):
     assert largest_distance(gradient, expected) <= LEAF_REORDERED_FP32
 
 
-@pytest.mark.parametrize("policy", [True, "dots", "unsloth"])
+@pytest.mark.parametrize("policy", [True, "attention", "dots", "unsloth"])
 def test_wide_gradients_of_one_pass_are_the_others_under_every_policy(policy, in_one_pass):
     expected_loss, expected = gradient_under(False)
     ran = in_one_pass()
