@@ -35,8 +35,8 @@ _LONG = 8192
 # Arithmetic of products for each byte that travels, from which the copies cost less than recomputing: they hide behind some 14,000 on an
 # H100 (700 TFLOP/s, and 50 GB/s to the host), and a forward that waits for them is made up for by its backward down to this.
 _FLOP_A_BYTE = 10_000
-# The share of the host's memory that may be taken for what need not wait there.
-_MOST = 0.25
+# What XLA pins of the host's memory, unless this variable says otherwise.
+_POOL, _POOL_GIB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64
 # Of a container's memory, as cgroups of version 2 and 1 have it: who takes more is killed.
 _LIMITS = pathlib.Path("/sys/fs/cgroup/memory.max"), pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -73,6 +73,11 @@ def _least(x: Array) -> Kept:
     return _OUTPUT if x.shape[-2] >= _LONG else _COLUMNS
 
 
+def room_bytes() -> int:
+    """What may be taken of the host's memory for what need not wait there: a quarter of it, and half of what XLA pins."""
+    return min(host_bytes() // 4, (int(os.environ.get(_POOL, _POOL_GIB)) << 30) // 2)
+
+
 def host_bytes() -> int:
     """The memory of the host, or of the container that this runs in, where it has less."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -85,13 +90,13 @@ def host_bytes() -> int:
 
 def _kept(block: Block, x: Array, xs: Any, const: Any, wanted: tuple[Wanted, Wanted]) -> Kept:
     """What is kept of each block: all that attention needs, where products hide its way and the host has room."""
-    layers, one = len(jax.tree.leaves(xs)[0]), jax.tree.map(lambda a: a[0], xs)
+    layers, one = len(jax.tree.leaves(xs)[0]), _one(xs)
     saved = jax.eval_shape(lambda x, own: linearise(block, x, own, const, wanted, _ATTENTION.how(), keep=True)[1], x, one)
     nbytes = x.nbytes + sum(a.size * a.dtype.itemsize for a in saved)
     weights = [w for w in jax.tree.leaves(xs, is_leaf=lambda leaf: isinstance(leaf, AbstractWeight)) if isinstance(w, AbstractWeight)]
     # In e4m3 two multiplications take the time of one.
     flop = x.size // x.shape[-1] * sum(2 * math.prod(w.shape) // (1 if w.decoded else 2) for w in weights)
-    fits = layers * nbytes <= _MOST * host_bytes()
+    fits = layers * nbytes <= room_bytes()
     return _ATTENTION if fits and flop >= _FLOP_A_BYTE * nbytes else _least(x)
 
 
@@ -101,9 +106,12 @@ def scan_offloaded(block: Block, x: Array, xs: Any, slots: Array | None, states:
     Every block's input goes to host memory. Where there are ``slots`` [layers], it is also written to its slot of ``states``; a slot
     beyond the last is none. Returns (x, states).
     """
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
-    call, over = hoisted(block, jax.ShapeDtypeStruct(x.shape, x.dtype), one)
+    call, over = hoisted(block, jax.ShapeDtypeStruct(x.shape, x.dtype), _one(xs))
     return _scan(call, x, xs, slots, states, over)
+
+
+def _one(stacked: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

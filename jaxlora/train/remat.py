@@ -20,12 +20,12 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
 
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
     memory, from where each is fetched while another block runs. With them waits all that attention needs, where it can move behind products
-    and takes no more than a quarter of the host's memory; else, of rows of 8,192 tokens and more, attention's output. "attention" keeps
-    all that attention needs on the device and recomputes the MLP. "dots" keeps matrix products too and recomputes only elementwise work;
-    there, unless ``unroll`` says otherwise, layers that are all alike are each compiled by themselves, because a loop would copy all that
-    is kept. The R columns A·x of each adapter are kept by all of these, by True where all layers are alike: they are small, and recomputing
-    them reads x again. So are a norm's statistics, which "attention" and "dots" keep where a kernel made the norm. Where MLPs are
-    recomputed, the decoder's take at most 8,192 tokens at a time: more would need more memory and be no faster.
+    and has room (`jaxlora.nn.offload.room_bytes`); else, of rows of 8,192 tokens and more, attention's output. "attention" keeps all that
+    attention needs on the device and recomputes the MLP. "dots" keeps matrix products too and recomputes only elementwise work; there,
+    unless ``unroll`` says otherwise, layers that are all alike are each compiled by themselves, because a loop would copy all that is kept.
+    The R columns A·x of each adapter are kept by all of these, by True where all layers are alike: they are small, and recomputing them
+    reads x again. So are a norm's statistics, which "attention" and "dots" keep where a kernel made the norm. Where MLPs are recomputed,
+    the decoder's take at most 8,192 tokens at a time: more would need more memory and be no faster.
 
     >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint
     (True, False)

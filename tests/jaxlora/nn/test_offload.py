@@ -126,6 +126,19 @@ def test_a_container_may_have_less_memory_than_its_host(monkeypatch, tmp_path, l
     assert offload.host_bytes() == (4096 << 20 if least is None else least)
 
 
+@pytest.mark.parametrize(
+    ("host_gib", "pool", "room_gib"),
+    [(64, None, 16), (1024, None, 32), (1024, "256", 128), (64, "256", 16)],
+    ids=["a quarter", "half of the pool", "of a larger pool", "the smaller of both"],
+)
+def test_room_is_a_share_of_the_hosts_memory_and_of_what_is_pinned(monkeypatch, host_gib, pool, room_gib):
+    monkeypatch.setattr(offload, "host_bytes", lambda: host_gib << 30)
+    monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
+    if pool is not None:
+        monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", pool)
+    assert offload.room_bytes() == room_gib << 30
+
+
 # Of each layer: four arrays [ROWS, WIDTH] in fp32 travel, and a product of 64 x 64 has 170 FLOP for each of their bytes.
 LAYER_BYTES = 4 * ROWS * WIDTH * 4
 DENSE = Dense(drawn(PERIODS, 64, 64))
