@@ -23,7 +23,7 @@ from jax.experimental import topologies
 
 from benchmarks import results, train_step
 from benchmarks.geometries import GEOMETRIES, text_layers, with_layers
-from jaxlora.nn import offload
+from jaxlora.nn import host
 from jaxlora.train.auto import needed_gib
 from jaxlora.train.meters import GIB
 from pallas_kernels import _kernel
@@ -53,7 +53,7 @@ def pretended() -> Iterator[None]:
     with (
         mock.patch.object(jax, "default_backend", lambda: "gpu"),
         mock.patch.object(_kernel, "device", lambda: here),
-        mock.patch.object(offload, "host_bytes", lambda: HOST_BYTES),
+        mock.patch.object(host, "memory_bytes", lambda: HOST_BYTES),
         # What it checks, it would have to run.
         mock.patch.object(cudnn, "check_packing"),
     ):

@@ -10,19 +10,17 @@ attention is what costs most to recompute, its output and log-sum-exp. Where pro
 attention needs travels, and the sum of its output and the input, from which the MLP is recomputed: attention then runs once.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, take, values
+from jaxlora.nn import host
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, shapes_of_one, take, values
 from jaxlora.typing import Array
 from jaxlora.weights.base import AbstractWeight
 
@@ -35,10 +33,6 @@ _LONG = 8192
 # Arithmetic of products for each byte that travels, from which the copies cost less than recomputing: they hide behind some 14,000 on an
 # H100 (700 TFLOP/s, and 50 GB/s to the host), and a forward that waits for them is made up for by its backward down to this.
 _FLOP_A_BYTE = 10_000
-# What XLA pins of the host's memory, unless this variable says otherwise.
-_POOL, _POOL_GIB = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64
-# Of a container's memory, as cgroups of version 2 and 1 have it: who takes more is killed.
-_LIMITS = pathlib.Path("/sys/fs/cgroup/memory.max"), pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @jax.tree_util.register_static
@@ -52,6 +46,11 @@ class Kept:
     early: tuple[str, ...]
     late: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.early, *self.late)
+
     def how(self) -> dict[str, Any]:
         """The arguments of `jax.checkpoint`, from which what is late comes in host memory."""
         names = {"names_which_can_be_saved": self.early, "names_which_can_be_offloaded": self.late}
@@ -61,7 +60,7 @@ class Kept:
 
 _COLUMNS = Kept(("lora_u",))
 _OUTPUT = Kept(("lora_u", "attn_out", "attn_lse"))
-_ATTENTION = Kept(("lora_u", "residual"), ("attn_out", "attn_lse", "qkv", "unnormed"))
+ATTENTION = Kept(("lora_u", "residual"), ("attn_out", "attn_lse", "qkv", "unnormed"))
 
 
 def recomputing(x: Array) -> dict[str, Any]:
@@ -73,31 +72,16 @@ def _least(x: Array) -> Kept:
     return _OUTPUT if x.shape[-2] >= _LONG else _COLUMNS
 
 
-def room_bytes() -> int:
-    """What may be taken of the host's memory for what need not wait there: a quarter of it, and half of what XLA pins."""
-    return min(host_bytes() // 4, (int(os.environ.get(_POOL, _POOL_GIB)) << 30) // 2)
-
-
-def host_bytes() -> int:
-    """The memory of the host, or of the container that this runs in, where it has less."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit in _LIMITS:
-        # There is none, or it is "max".
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(limit.read_text()))
-    return min(sizes)
-
-
 def _kept(block: Block, x: Array, xs: Any, const: Any, wanted: tuple[Wanted, Wanted]) -> Kept:
     """What is kept of each block: all that attention needs, where products hide its way and the host has room."""
-    layers, one = len(jax.tree.leaves(xs)[0]), _one(xs)
-    saved = jax.eval_shape(lambda x, own: linearise(block, x, own, const, wanted, _ATTENTION.how(), keep=True)[1], x, one)
+    layers, one = len(jax.tree.leaves(xs)[0]), shapes_of_one(xs)
+    saved = jax.eval_shape(lambda x, own: linearise(block, x, own, const, wanted, ATTENTION.how(), keep=True)[1], x, one)
     nbytes = x.nbytes + sum(a.size * a.dtype.itemsize for a in saved)
     weights = [w for w in jax.tree.leaves(xs, is_leaf=lambda leaf: isinstance(leaf, AbstractWeight)) if isinstance(w, AbstractWeight)]
     # In e4m3 two multiplications take the time of one.
-    flop = x.size // x.shape[-1] * sum(2 * math.prod(w.shape) // (1 if w.decoded else 2) for w in weights)
-    fits = layers * nbytes <= room_bytes()
-    return _ATTENTION if fits and flop >= _FLOP_A_BYTE * nbytes else _least(x)
+    flop = x.size // x.shape[-1] * sum((2 if w.decoded else 1) * math.prod(w.shape) for w in weights)
+    fits = layers * nbytes <= host.room_bytes()
+    return ATTENTION if fits and flop >= _FLOP_A_BYTE * nbytes else _least(x)
 
 
 def scan_offloaded(block: Block, x: Array, xs: Any, slots: Array | None, states: Array | None) -> tuple[Array, Array | None]:
@@ -106,12 +90,8 @@ def scan_offloaded(block: Block, x: Array, xs: Any, slots: Array | None, states:
     Every block's input goes to host memory. Where there are ``slots`` [layers], it is also written to its slot of ``states``; a slot
     beyond the last is none. Returns (x, states).
     """
-    call, over = hoisted(block, jax.ShapeDtypeStruct(x.shape, x.dtype), _one(xs))
+    call, over = hoisted(block, jax.ShapeDtypeStruct(x.shape, x.dtype), shapes_of_one(xs))
     return _scan(call, x, xs, slots, states, over)
-
-
-def _one(stacked: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

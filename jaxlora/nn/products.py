@@ -189,7 +189,7 @@ def _plain_gradients(
     """
     dtype = dys[0].dtype
     bs = [b for b in _padded_b(loras, dtype) if b is not None]
-    # With "dots" alone: where blocks wait in host memory, XLA begins to fetch the next one too late if fewer products are left to run.
+    # Where blocks wait in host memory, XLA would begin to fetch the next one too late if fewer products were left to run.
     if making and len(plain) == len(weights) and goes_together(weights, bs[0].shape[1]):
         dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
         sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.nn.offload import recomputing
-from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, take, values
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, shapes_of_one, take, values
 from jaxlora.typing import Array, Int
 
 type Policy = Callable[..., Any]
@@ -138,7 +138,7 @@ class _Plan:
 
     def empty_outs(self, x: Array, owns: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
         """Room for what the layers of each kind return."""
-        outs = [jax.eval_shape(b, x, _one(own), *const)[1] for b, own, const in zip(self.blocks, owns, consts, strict=True)]
+        outs = [jax.eval_shape(b, x, shapes_of_one(own), *const)[1] for b, own, const in zip(self.blocks, owns, consts, strict=True)]
         counts = [self.run.kinds.count(kind) * self.run.repeats for kind in range(len(outs))]
         return [jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), out) for out, n in zip(outs, counts, strict=True)]
 
@@ -157,7 +157,7 @@ class _Plan:
             carry, y = body(carry, take((places, xs), period))
             return done + 1, carry, put(ys, period, y)
 
-        _, y = jax.eval_shape(body, carry, _one((places, xs)))
+        _, y = jax.eval_shape(body, carry, shapes_of_one((places, xs)))
         ys = jax.tree.map(lambda a: jnp.zeros((repeats, *a.shape), a.dtype), y)
         return jax.lax.while_loop(lambda state: state[0] < repeats, step, (jnp.int32(0), carry, ys))[1:]
 
@@ -171,14 +171,10 @@ def scan_periods(
     kind's layers, stacked).
     """
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    made = [hoisted(block, like, _one(own)) for block, own in zip(blocks, owns, strict=True)]
+    made = [hoisted(block, like, shapes_of_one(own)) for block, own in zip(blocks, owns, strict=True)]
     plan = _Plan(run, scan, tuple(call for call, _ in made))
     slots = None if slots is None else slots.reshape(run.repeats, len(run.kinds))
     return _scan(plan, x, tuple(owns), tuple(over for _, over in made), slots, states)
-
-
-def _one(stacked: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
 
 
 def _in_turn(*arrays: Any) -> tuple[Any, ...]:

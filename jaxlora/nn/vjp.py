@@ -92,6 +92,11 @@ def linearise(
     return out, [leaves[i] for i in places], resume
 
 
+def shapes_of_one(stacked: Any) -> Any:
+    """A layer's of arrays [layers, ...], as shapes alone."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stacked)
+
+
 def take(stacked: Any, i: Array) -> Any:
     """Layer i's of arrays [layers, ...]."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)

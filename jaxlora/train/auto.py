@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 
 from conversion.atomic import new_file
+from jaxlora.nn import host
 from jaxlora.train.meters import GIB
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def needed_gib(compiled: jax.stages.Compiled) -> float:
 def memory_gib() -> float:
     """What programs may use on the first device: the allocator's limit, or the machine's memory where there is none (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / GIB
+    return stats.get("bytes_limit", host.memory_bytes()) / GIB
 
 
 def _read(cache: pathlib.Path | None) -> dict[str, Any]:

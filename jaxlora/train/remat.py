@@ -6,13 +6,12 @@ import jax
 
 from jaxlora.errors import nearest
 from jaxlora.nn.decoder import Execution
+from jaxlora.nn.offload import ATTENTION
 from jaxlora.nn.scan import Scan
 
 # Tokens: products of this many rows are as fast as any, and weights are decoded anew for each tile.
 MLP_TILE = 8192
 CHOICES = (False, True, "unsloth", "attention", "dots", "auto")
-# All that attention's backward needs, and the sum from which the MLP is recomputed.
-_ATTENTION = ("attn_out", "attn_lse", "lora_u", "qkv", "residual")
 
 
 def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = None, **other: Any) -> Execution:
@@ -20,7 +19,7 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
 
     False keeps everything; True keeps each block's input and recomputes the rest; "unsloth" does that with the inputs in pinned host
     memory, from where each is fetched while another block runs. With them waits all that attention needs, where it can move behind products
-    and has room (`jaxlora.nn.offload.room_bytes`); else, of rows of 8,192 tokens and more, attention's output. "attention" keeps all that
+    and has room (`jaxlora.nn.host.room_bytes`); else, of rows of 8,192 tokens and more, attention's output. "attention" keeps all that
     attention needs on the device and recomputes the MLP. "dots" keeps matrix products too and recomputes only elementwise work; there,
     unless ``unroll`` says otherwise, layers that are all alike are each compiled by themselves, because a loop would copy all that is kept.
     The R columns A·x of each adapter are kept by all of these, by True where all layers are alike: they are small, and recomputing them
@@ -43,10 +42,11 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
         case "unsloth":
             return Execution(scan=Scan(checkpoint=True, offload=True, unroll=periods), **{"mlp_tile": MLP_TILE, **other})
         case "attention":
-            kept = saved(*_ATTENTION, "unnormed")
+            kept = saved(*ATTENTION.names)
             return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=periods), **{"mlp_tile": MLP_TILE, **other})
         case "dots":
-            return Execution(scan=Scan(checkpoint=True, remat=saved("dot", *_ATTENTION), unroll=unroll), **other)
+            kept = saved("dot", "attn_out", "attn_lse", "lora_u", "qkv", "residual")
+            return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=unroll), **other)
         case "auto":
             raise ValueError('"auto" is no policy: train.auto.choose compiles the policies and takes one; SFTTrainer does so itself')
     hint = nearest(str(use_gradient_checkpointing), ["unsloth", "attention", "dots", "auto"])

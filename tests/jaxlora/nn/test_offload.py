@@ -1,7 +1,6 @@
 """What waits in host memory beside a block's input is not computed again: adapters' columns, attention's output or all that it needs."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.nn import offload
+from jaxlora.nn import host, offload
 from jaxlora.nn.scan import Run, Scan, scan_periods
 from jaxlora.nn.vjp import Wanted, linearise
 from jaxlora.weights.dense import Dense
@@ -105,38 +104,11 @@ def test_beside_its_input_a_block_saves_attention_and_none_of_its_weights(monkey
 def room(monkeypatch):
     """Sets what the host has, in bytes, and what a byte's way is worth."""
 
-    def set_to(host, flop_a_byte):
-        monkeypatch.setattr(offload, "host_bytes", lambda: host)
+    def set_to(memory_bytes, flop_a_byte):
+        monkeypatch.setattr(host, "memory_bytes", lambda: memory_bytes)
         monkeypatch.setattr(offload, "_FLOP_A_BYTE", flop_a_byte)
 
     return set_to
-
-
-@pytest.mark.parametrize(
-    ("limits", "least"),
-    [(["1048576\n"], 1 << 20), (["max\n", "2097152\n"], 1 << 21), (["max\n"], None), ([], None), (["9223372036854771712\n"], None)],
-    ids=["version 2", "version 1", "no limit", "no cgroup", "version 1, no limit"],
-)
-def test_a_container_may_have_less_memory_than_its_host(monkeypatch, tmp_path, limits, least):
-    files = [tmp_path / str(i) for i in range(2)]
-    for file, limit in zip(files, limits, strict=False):
-        file.write_text(limit)
-    monkeypatch.setattr(offload, "_LIMITS", files)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}.__getitem__)
-    assert offload.host_bytes() == (4096 << 20 if least is None else least)
-
-
-@pytest.mark.parametrize(
-    ("host_gib", "pool", "room_gib"),
-    [(64, None, 16), (1024, None, 32), (1024, "256", 128), (64, "256", 16)],
-    ids=["a quarter", "half of the pool", "of a larger pool", "the smaller of both"],
-)
-def test_room_is_a_share_of_the_hosts_memory_and_of_what_is_pinned(monkeypatch, host_gib, pool, room_gib):
-    monkeypatch.setattr(offload, "host_bytes", lambda: host_gib << 30)
-    monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
-    if pool is not None:
-        monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", pool)
-    assert offload.room_bytes() == room_gib << 30
 
 
 # Of each layer: four arrays [ROWS, WIDTH] in fp32 travel, and a product of 64 x 64 has 170 FLOP for each of their bytes.
@@ -145,7 +117,7 @@ DENSE = Dense(drawn(PERIODS, 64, 64))
 
 
 @pytest.mark.parametrize(
-    ("weight", "host", "flop_a_byte", "times"),
+    ("weight", "memory_bytes", "flop_a_byte", "times"),
     [
         (DENSE, 4 * PERIODS * LAYER_BYTES, 170, 1),
         (DENSE, 4 * PERIODS * LAYER_BYTES, 171, 2),
@@ -155,29 +127,13 @@ DENSE = Dense(drawn(PERIODS, 64, 64))
     ],
     ids=["hidden and room", "products too short", "no room", "e4m3, hidden", "e4m3 takes half the time"],
 )
-def test_attention_runs_once_where_its_arrays_travel_behind_products_and_have_room(room, weight, host, flop_a_byte, times):
-    room(host, flop_a_byte)
+def test_attention_runs_once_where_its_arrays_travel_behind_products_and_have_room(room, weight, memory_bytes, flop_a_byte, times):
+    room(memory_bytes, flop_a_byte)
     program, _ = gradient([lambda x, w, weight: attending(x, w)], weight)
     assert program.as_text().count(" cbrt(") == 2 * times
 
 
-def test_attention_that_travels_whole_changes_no_gradient(room):
-    room(1 << 40, 0)
-    program, (x, weights) = gradient([attending])
-
-    def one_after_the_other(x, weights):
-        for i in range(PERIODS):
-            x, _ = attending(x, weights[0][0][i])
-        return jnp.sum(jnp.sin(x))
-
-    expected = jax.grad(one_after_the_other, argnums=(0, 1))(x, weights)
-    for ours, theirs in zip(jax.tree.leaves(program(x, weights)), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=20 * REORDERED_FP32, atol=20 * REORDERED_FP32)
-
-
-@pytest.mark.parametrize("blocks", [[block], [block, plain], [plain, taller, block]], ids=["alike", "some keep nothing", "three shapes"])
-def test_what_is_kept_changes_no_gradient(monkeypatch, blocks):
-    monkeypatch.setattr(offload, "_LONG", ROWS)
+def assert_gradient_is_of_blocks_in_turn(blocks):
     program, (x, weights) = gradient(blocks)
 
     def one_after_the_other(x, weights):
@@ -189,3 +145,14 @@ def test_what_is_kept_changes_no_gradient(monkeypatch, blocks):
     expected = jax.grad(one_after_the_other, argnums=(0, 1))(x, weights)
     for ours, theirs in zip(jax.tree.leaves(program(x, weights)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=20 * REORDERED_FP32, atol=20 * REORDERED_FP32)
+
+
+@pytest.mark.parametrize("blocks", [[block], [block, plain], [plain, taller, block]], ids=["alike", "some keep nothing", "three shapes"])
+def test_what_is_kept_changes_no_gradient(monkeypatch, blocks):
+    monkeypatch.setattr(offload, "_LONG", ROWS)
+    assert_gradient_is_of_blocks_in_turn(blocks)
+
+
+def test_attention_that_travels_whole_changes_no_gradient(room):
+    room(1 << 40, 0)
+    assert_gradient_is_of_blocks_in_turn([attending])
