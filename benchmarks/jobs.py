@@ -37,6 +37,16 @@ def _vlm(arguments: str, must: float, stretch: float | None = None) -> Rival:
 
 # "hf" is transformers + PEFT + bitsandbytes in its better mode, the faster one of those that fit the card; "hf-checkpointing" is the one
 # that needs less memory, where that is another.
+_HF: Mapping[str, Rival] = {
+    "hf": _text("--stack hf --gc off", 2.0),
+    "hf-checkpointing": _text("--stack hf --gc on", 2.0),
+}
+_AT_16_BITS: Mapping[str, Rival] = {
+    "unsloth": _text("--stack unsloth --gc off --bits 16", 1.08, 1.2),
+    "hf": _text("--stack hf --gc off --bits 16", 2.0),
+    "hf-checkpointing": _text("--stack hf --gc on --bits 16", 2.0),
+}
+
 JOBS: Mapping[str, Job] = {
     "8b": Job(
         model="llama-3.1-8b",
@@ -44,8 +54,7 @@ JOBS: Mapping[str, Job] = {
         limit_gb=38.8,
         rivals={
             "unsloth": _text("--stack unsloth --gc off", 1.12, 1.25),
-            "hf": _text("--stack hf --gc off", 2.0),
-            "hf-checkpointing": _text("--stack hf --gc on", 2.0),
+            **_HF,
         },
     ),
     "8b-small": Job(
@@ -54,8 +63,7 @@ JOBS: Mapping[str, Job] = {
         limit_gb=8.7,
         rivals={
             "unsloth": _text("--stack unsloth --gc unsloth", 1.12, 1.2),
-            "hf": _text("--stack hf --gc off", 2.0),
-            "hf-checkpointing": _text("--stack hf --gc on", 2.0),
+            **_HF,
         },
     ),
     "8b-fp8": Job(
@@ -63,8 +71,7 @@ JOBS: Mapping[str, Job] = {
         ours="--remat dots --compute float8",
         rivals={
             "unsloth": _text("--stack unsloth --gc off", 1.3, 1.6),
-            "hf": _text("--stack hf --gc off", 2.0),
-            "hf-checkpointing": _text("--stack hf --gc on", 2.0),
+            **_HF,
         },
     ),
     "8b-small-fp8": Job(
@@ -83,11 +90,7 @@ JOBS: Mapping[str, Job] = {
         limit_gb=49.0,
         rows=2,
         sequence=4096,
-        rivals={
-            "unsloth": _text("--stack unsloth --gc off --bits 16", 1.08, 1.2),
-            "hf": _text("--stack hf --gc off --bits 16", 2.0),
-            "hf-checkpointing": _text("--stack hf --gc on --bits 16", 2.0),
-        },
+        rivals=_AT_16_BITS,
     ),
     "8b-16bit-fp8": Job(
         model="llama-3.1-8b",
@@ -95,11 +98,7 @@ JOBS: Mapping[str, Job] = {
         limit_gb=49.0,
         rows=2,
         sequence=4096,
-        rivals={
-            "unsloth": _text("--stack unsloth --gc off --bits 16", 1.08, 1.2),
-            "hf": _text("--stack hf --gc off --bits 16", 2.0),
-            "hf-checkpointing": _text("--stack hf --gc on --bits 16", 2.0),
-        },
+        rivals=_AT_16_BITS,
     ),
     "8b-long": Job(
         model="llama-3.1-8b",

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import results
@@ -123,48 +123,45 @@ def describe(row: dict[str, Any], first_steps: Sequence[float]) -> str:
 def run(name: str, args: argparse.Namespace) -> bool:
     """Runs one job, prints and records its ratios; whether each rival's "must" is met."""
     rivals = [r for r in JOBS[name].rivals if not args.rivals or r in args.rivals]
-    ours: list[dict[str, Any]] = []
-    theirs: dict[str, dict[str, Any]] = {}
+    ran: dict[str, list[dict[str, Any]]] = {}
     try:
-        take_turns(name, rivals, args, ours, theirs)
+        for who, row in take_turns(name, rivals, args):
+            ran.setdefault(who, []).append(row)
     finally:
         # Stopped in the middle, it still tells what it knows.
-        met = [report(name, rival, args, ours, theirs) for rival in rivals]
+        met = [report(name, rival, args, ran) for rival in rivals]
     return all(met)
 
 
-def report(name: str, rival: str, args: argparse.Namespace, ours: Sequence[dict[str, Any]], theirs: Mapping[str, dict[str, Any]]) -> bool:
+def report(name: str, rival: str, args: argparse.Namespace, ran: Mapping[str, Sequence[dict[str, Any]]]) -> bool:
     """Prints and records the ratio to one rival, where both have run; whether its "must" is met."""
-    if not ours or rival not in theirs:
-        print(f"{name}: no ratio to {rival}, since a run failed or there was none", flush=True)
+    if "ours" not in ran or rival not in ran:
+        print(f"{name}: no ratio to {rival}, since a run failed or was not reached", flush=True)
         return False
-    row = {"job": name, **compare(JOBS[name], rival, ours, theirs[rival]), **_where(ours[0])}
+    ours, (theirs,) = ran["ours"], ran[rival]
+    row = {"job": name, **compare(JOBS[name], rival, ours, theirs), **_where(ours[0])}
     print(describe(row, [o["first_step_s"] for o in ours]), flush=True)
     results.print_result(row)
     record(args, "versus.csv", row)
     return row["met"]
 
 
-def take_turns(
-    name: str, rivals: Sequence[str], args: argparse.Namespace, ours: list[dict[str, Any]], theirs: dict[str, dict[str, Any]]
-) -> None:
-    """Adds our rows to ``ours`` and the rivals' to ``theirs``, all recorded. A run that fails is told, and no reason to lose others."""
+def take_turns(name: str, rivals: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(who ran, the row), each recorded. A run that fails is told, and is no reason to lose the others."""
     job, commit = JOBS[name], {"commit": args.commit or results.head()}
     with tempfile.TemporaryDirectory() as cache:
         for who in plan(rivals):
+            script = OURS if who == "ours" else job.rivals[who].script
             try:
-                if who == "ours":
-                    ours.append(same_work(job, execute(ours_command(job, cache, args.ours)) | commit))
-                    record(args, "train_step.csv", ours[-1])
-                    continue
-                script = job.rivals[who].script
                 if script != OURS:
                     write_checkpoint(job.model, args.checkpoints)
-                ran = execute(rival_command(job, job.rivals[who], args.checkpoints), path=args.rival_path) | commit
-                theirs[who] = same_work(job, ran)
-                record(args, "train_step.csv" if script == OURS else "rivals.csv", theirs[who])
+                command = ours_command(job, cache, args.ours) if who == "ours" else rival_command(job, job.rivals[who], args.checkpoints)
+                row = same_work(job, execute(command, path="" if who == "ours" else args.rival_path) | commit)
             except (RuntimeError, ValueError, subprocess.SubprocessError) as error:
                 print(f"{name}, {who}: {error}", flush=True)
+                continue
+            record(args, "train_step.csv" if script == OURS else "rivals.csv", row)
+            yield who, row
 
 
 def write_checkpoint(model: str, checkpoints: pathlib.Path) -> None:
@@ -198,6 +195,7 @@ def main() -> int:
     idle = [name for name in args.jobs if args.rivals and not set(args.rivals) & set(JOBS[name].rivals)]
     if idle:
         parser.error(f"none of {args.rivals} is a rival of {', '.join(f'{name} ({", ".join(JOBS[name].rivals)})' for name in idle)}")
+    # Else it would end at once, and tell nothing.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     # Every run has a folder of its own.
     args.checkpoints, args.rival_path = args.checkpoints.absolute(), args.rival_path and os.path.abspath(args.rival_path)
