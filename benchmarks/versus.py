@@ -2,7 +2,8 @@
 
 Each run is a process of its own, in turn: ours, a rival, ours, the next rival. Prints the ratio of the medians, with the memory beside it,
 and whether it is what the job asks for. Our second run finds the compilation cache that the first one left, which times the first step
-with and without it. A rival's checkpoint is written first where it is missing. ``benchmarks/jobs.py`` has the jobs.
+with and without it (``--once`` leaves it out). What a rival ran for an earlier job of the call it does not run again. A rival's checkpoint
+is written first where it is missing. ``benchmarks/jobs.py`` has the jobs.
 """
 
 import argparse
@@ -26,12 +27,16 @@ OURS = "benchmarks.train_step"
 TIMEOUT_S = 300
 
 
-def plan(rivals: Iterable[str]) -> list[str]:
-    """Who runs, in turn: each rival right after a run of ours, of which there are at least two.
+def plan(rivals: Iterable[str], *, once: bool = False) -> list[str]:
+    """Who runs, in turn: each rival right after a run of ours, of which there are at least two, or ``once`` ours and then the rivals.
 
     >>> plan(["unsloth", "hf"])
     ['ours', 'unsloth', 'ours', 'hf']
+    >>> plan(["unsloth", "hf"], once=True)
+    ['ours', 'unsloth', 'hf']
     """
+    if once:
+        return ["ours", *rivals]
     turns = [who for rival in rivals for who in ("ours", rival)]
     return turns if len(turns) > 2 else [*turns, "ours"]
 
@@ -120,12 +125,12 @@ def describe(row: dict[str, Any], first_steps: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
-def run(name: str, args: argparse.Namespace) -> bool:
-    """Runs one job, prints and records its ratios; whether each rival's "must" is met."""
+def run(name: str, args: argparse.Namespace, known: dict[tuple[str, ...], dict[str, Any]]) -> bool:
+    """Runs one job, prints and records its ratios; whether each rival's "must" is met. ``known`` are the rivals' rows by their commands."""
     rivals = [r for r in JOBS[name].rivals if not args.rivals or r in args.rivals]
     ran: dict[str, list[dict[str, Any]]] = {}
     try:
-        for who, row in take_turns(name, rivals, args):
+        for who, row in take_turns(name, rivals, args, known):
             ran.setdefault(who, []).append(row)
     finally:
         # Stopped in the middle, it still tells what it knows.
@@ -146,21 +151,29 @@ def report(name: str, rival: str, args: argparse.Namespace, ran: Mapping[str, Se
     return row["met"]
 
 
-def take_turns(name: str, rivals: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(who ran, the row), each recorded. A run that fails is told, and is no reason to lose the others."""
+def take_turns(
+    name: str, rivals: Sequence[str], args: argparse.Namespace, known: dict[tuple[str, ...], dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(who ran, the row), each recorded. A run that fails is told, and is no reason to lose the others. A rival that is ``known`` to have
+    run before is not run again."""
     job, commit = JOBS[name], {"commit": args.commit or results.head()}
     with tempfile.TemporaryDirectory() as cache:
-        for who in plan(rivals):
+        for who in plan(rivals, once=args.once):
             script = OURS if who == "ours" else job.rivals[who].script
+            command = ours_command(job, cache, args.ours) if who == "ours" else rival_command(job, job.rivals[who], args.checkpoints)
+            if tuple(command) in known:
+                yield who, known[tuple(command)]
+                continue
             try:
                 if script != OURS:
                     write_checkpoint(job.model, args.checkpoints)
-                command = ours_command(job, cache, args.ours) if who == "ours" else rival_command(job, job.rivals[who], args.checkpoints)
                 row = same_work(job, execute(command, path="" if who == "ours" else args.rival_path) | commit)
             except (RuntimeError, ValueError, subprocess.SubprocessError) as error:
                 print(f"{name}, {who}: {error}", flush=True)
                 continue
             record(args, "train_step.csv" if script == OURS else "rivals.csv", row)
+            if who != "ours":
+                known[tuple(command)] = row
             yield who, row
 
 
@@ -187,6 +200,7 @@ def main() -> int:
     parser.add_argument("jobs", nargs="+", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
     parser.add_argument("--checkpoints", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "checkpoints")
     parser.add_argument("--rivals", nargs="+", default=[], help="only these")
+    parser.add_argument("--once", action="store_true", help="one run of ours a job")
     parser.add_argument("--rival-path", default="", help="a folder with the rivals' packages, for their processes alone")
     parser.add_argument("--ours", default="", help='more arguments for our runs, such as "--remat True"')
     parser.add_argument("--csv", type=pathlib.Path, help="append all rows to the CSVs of this folder")
@@ -199,7 +213,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     # Every run has a folder of its own.
     args.checkpoints, args.rival_path = args.checkpoints.absolute(), args.rival_path and os.path.abspath(args.rival_path)
-    return 0 if all([run(name, args) for name in args.jobs]) else 1
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    return 0 if all([run(name, args, known) for name in args.jobs]) else 1
 
 
 if __name__ == "__main__":

@@ -125,8 +125,8 @@ def test_runs_of_different_work_have_no_ratio():
         versus.same_work(jobs.JOBS["8b"], ran(0.4, 33.0, rows=1))
 
 
-def versus_8b(tmp_path, monkeypatch, execute):
-    """Has `versus` run the job with ``execute(who, path)`` in place of processes; its exit status."""
+def versus_8b(tmp_path, monkeypatch, execute, *more):
+    """Has `versus` run the job, with ``more`` arguments, and ``execute(who, path)`` in place of processes; its exit status."""
     (tmp_path / "checkpoints" / "llama-3.1-8b").mkdir(parents=True)
     (tmp_path / "checkpoints" / "llama-3.1-8b" / "config.json").touch()
 
@@ -134,7 +134,17 @@ def versus_8b(tmp_path, monkeypatch, execute):
         return execute(command[command.index("--stack") + 1] if "--stack" in command else "ours", path)
 
     monkeypatch.setattr(versus, "execute", instead)
-    arguments = ["versus", "8b", "--checkpoints", str(tmp_path / "checkpoints"), "--rival-path", "/wheels", "--csv", str(tmp_path / "csv")]
+    arguments = [
+        "versus",
+        "8b",
+        *more,
+        "--checkpoints",
+        str(tmp_path / "checkpoints"),
+        "--rival-path",
+        "/wheels",
+        "--csv",
+        str(tmp_path / "csv"),
+    ]
     monkeypatch.setattr(sys, "argv", [*arguments, "--rivals", "unsloth", "hf", "--commit", "abc"])
     return versus.main()
 
@@ -158,6 +168,20 @@ def test_versus_runs_in_turn_records_every_row_and_goes_on_when_a_rival_fails(tm
     assert "ratio 1.250; must 1.12: met" in said and "out of memory" in said and "no ratio to hf" in said
     assert [row["commit"] for row in results.read(tmp_path / "csv" / "train_step.csv")] == ["abc", "abc"]
     assert [row["ratio"] for row in results.read(tmp_path / "csv" / "versus.csv")] == ["1.25"]
+
+
+def test_versus_runs_once_what_jobs_share(tmp_path, monkeypatch):
+    order = []
+
+    def execute(who, path):
+        order.append(who)
+        return a_run(who)
+
+    monkeypatch.setitem(jobs.JOBS, "8b-again", jobs.JOBS["8b"])
+    versus_8b(tmp_path, monkeypatch, execute, "8b-again", "--once")
+    assert order == ["ours", "unsloth", "hf", "ours"]
+    rows = results.read(tmp_path / "csv" / "versus.csv")
+    assert [(row["job"], row["rival"]) for row in rows] == [(job, rival) for job in ("8b", "8b-again") for rival in ("unsloth", "hf")]
 
 
 def test_versus_that_is_stopped_tells_the_pairs_that_are_complete(tmp_path, monkeypatch, capsys):
