@@ -34,6 +34,29 @@ def float8_code() -> Any:
     return float8_triton_code
 
 
+@functools.cache
+def _record() -> None:
+    """Lowers jax-triton's calls to jaxlib's handler of XLA's typed interface, as its later versions do, instead of the older one.
+
+    XLA records those calls together with the kernels around them, so that copies run beside them too, and compiles and caches them with
+    the program.
+    """
+    from jax.interpreters import mlir
+    from jax_triton import triton_lib  # pyright: ignore[reportMissingImports]
+    from jaxlib.mlir import ir
+
+    def lower(context: Any, *arguments: Any, **params: Any) -> Any:
+        results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, context, *arguments, **params)
+        attributes = results[0].owner.attributes
+        if ir.StringAttr(attributes["call_target_name"]).value == "triton_kernel_call":
+            attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
+            attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+            attributes["backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
+
+
 def call(
     kernel: Any,
     *arguments: Any,
@@ -49,6 +72,7 @@ def call(
     """
     import jax_triton  # pyright: ignore[reportMissingImports]
 
+    _record()
     # jax-triton 0.4 renamed it.
     shapes = {"out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape": out}
     capability = _kernel.device().capability

@@ -28,9 +28,8 @@ def making_inputs(making: bool) -> Iterator[None]:
     """Whether what is traced inside lets kernels make the norms and activations that Linears take, and the gradients of gateless MLPs; and
     whether the gradients by the outputs of one input are one product.
 
-    For policies that keep some of what blocks make ("attention", "dots"). Where a block is recomputed whole the kernels would run twice,
-    and Triton calls are no part of the recorded programs in which copies run beside products; what is fetched from host memory begins to
-    move too late there if fewer products are left to run.
+    For policies that keep some of what blocks make ("attention", "dots"). Where a block is recomputed whole the kernels would run twice;
+    what is fetched from host memory begins to move too late there if fewer products are left to run.
     """
     token = _MAKING.set(making)
     try:

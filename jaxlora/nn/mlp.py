@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxlora.nn.linear import Linear, project_activated, project_gated, project_mlp
 from jaxlora.nn.pending import Pending
-from jaxlora.nn.vjp import Wanted, hoisted, is_zero, values
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, scan_with_kernels, values
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from pallas_kernels.functions import PLAIN, Function
 
@@ -56,7 +56,7 @@ def by_tiles(function: Callable[[Array], Array], x: Float[Array, "*N D"], tile: 
 
 
 def _each_tile(function: Callable[..., Array], parts: Float[Array, "T N D"], consts: Sequence[Array]) -> Float[Array, "T N D"]:
-    return jax.lax.map(lambda part: function(part, *consts), parts)
+    return scan_with_kernels(lambda _, part: (None, function(part, *consts)), None, parts)[1]
 
 
 _by_tiles = jax.custom_vjp(_each_tile, nondiff_argnums=(0,))
@@ -79,7 +79,7 @@ def _by_tiles_bwd(function: Callable[..., Array], residuals: Any, dys: Any) -> t
         dpart, few = pull(dy)
         return jax.tree.map(jnp.add, sums, few), dpart
 
-    sums, dparts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, wanted.of_these(consts)), (parts, dys))
+    sums, dparts = scan_with_kernels(add, jax.tree.map(jnp.zeros_like, wanted.of_these(consts)), (parts, dys))
     return dparts, wanted.gradient(sums, consts)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.nn import host
-from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, shapes_of_one, take, values
+from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, scan_with_kernels, shapes_of_one, take, unknown_zero, values
 from jaxlora.typing import Array
 from jaxlora.weights.base import AbstractWeight
 
@@ -108,7 +108,7 @@ def _forward(run: Callable[[Array, Any], tuple[Array, Any]], x: Array, xs: Any, 
         x, sent = run(x, own)
         return (x, states), sent
 
-    return jax.lax.scan(body, (x, states), (xs, slots))
+    return scan_with_kernels(body, (x, states), (xs, slots))
 
 
 def _scan_fwd(block: Block, x: Any, xs: Any, slots: Any, states: Any, const: Any) -> tuple[Any, Any]:
@@ -132,7 +132,7 @@ def _scan_bwd(block: Block, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     dx, dstates = cotangents
     dx = jnp.zeros(dx.shape, dx.dtype) if is_zero(dx) else dx
     dstates = None if dstates is None or is_zero(dstates) else dstates
-    layers = len(jax.tree.leaves(early)[0])
+    layers, zero = len(jax.tree.leaves(early)[0]), unknown_zero()
 
     def first_of(layer: Array) -> list[Array | None]:
         """What a layer's backward begins with, on the device."""
@@ -143,7 +143,7 @@ def _scan_bwd(block: Block, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         # Before the first layer there is none: what is fetched then is not used.
         before = first_of(layer - 1)
         here, *saved = [b if a is None else a for a, b in zip(first, take(late, layer), strict=True)]
-        here = jax.device_put(here, _DEVICE)
+        here, layer = jax.device_put(here, _DEVICE), layer + zero
         pull = linearise(block, here, take(xs, layer), const, wanted, kept.how(), keep=True)[2]
         dx, down, added = pull((dx, None), saved)
         if dstates is not None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxlora.typing import Array
@@ -43,7 +44,6 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
 
     `jax.closure_convert` leaves integers where they are, such as the codes of a weight; inside `jax.checkpoint` they would be lost.
 
-    >>> import jax.numpy as jnp
     >>> y = jnp.arange(3)
     >>> call, over = hoisted(lambda x: x + y, jax.ShapeDtypeStruct((3,), jnp.float32))
     >>> call(jnp.ones(3), *over).tolist()
@@ -100,6 +100,21 @@ def shapes_of_one(stacked: Any) -> Any:
 def take(stacked: Any, i: Array) -> Any:
     """Layer i's of arrays [layers, ...]."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
+
+
+def unknown_zero() -> Array:
+    """0, of which XLA does not know it. Added to a loop's counter it makes kernels read a layer's arrays.
+
+    By the counter alone XLA copies them, asynchronously, in one of four streams that all such copies take in turn: behind a copy that is on
+    its way to the host they wait, and with them the device.
+    """
+    return jax.lax.optimization_barrier(jnp.int32(0))
+
+
+def scan_with_kernels(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """jax.lax.scan(body, carry, xs), with an `unknown_zero` added to its counter."""
+    numbers, zero = jnp.arange(len(jax.tree.leaves(xs)[0])), unknown_zero()
+    return jax.lax.scan(lambda carry, i: body(carry, take(xs, i + zero)), carry, numbers)
 
 
 def put(stacked: Any, i: Array, one: Any) -> Any:

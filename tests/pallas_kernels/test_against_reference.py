@@ -47,6 +47,16 @@ def test_result_and_gradients_equal_the_reference(name, case_name, backend, dtyp
     assert all(error <= kernel.tolerance[dtype] for error in jax.tree.leaves(errors)), errors
 
 
+@pytest.mark.gpu
+def test_triton_kernels_are_compiled_with_the_program_and_can_be_recorded():
+    kernel = KERNELS["float8_rows"]
+    case = next(iter(kernel.cases.values()))(jnp.dtype(jnp.bfloat16))
+    compiled = jax.jit(lambda arrays: kernel.backends["triton"](**arrays, **case.static, **case.tuning)).lower(case.arrays).compile()
+    (line,) = [line for line in compiled.as_text().splitlines() if "triton_kernel_call" in line and "custom_call_target" in line]
+    assert 'custom_call_target="triton_kernel_call_ffi"' in line
+    assert "api_version=API_VERSION_TYPED_FFI" in line
+
+
 def relative_error(found, expected) -> float:
     found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
