@@ -29,6 +29,8 @@ def parse(description: str, *, stack: tuple[str, ...] = ("unsloth", "hf"), **def
     if "steps" in defaults:
         parser.add_argument("--gc", choices=("unsloth", "on", "off"), default="on", help="gradient checkpointing")
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
+    # Else long rows do not fit 80 GB, for all the pieces between what torch holds.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     args = parser.parse_args()
     if args.stack == "hf" and vars(args).get("gc") == "unsloth":
         parser.error('--gc unsloth is Unsloth\'s own; --stack hf has "on" and "off"')
