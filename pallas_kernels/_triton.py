@@ -1,6 +1,7 @@
 """The one way to a Triton kernel: through jax-triton, imported when it is needed."""
 
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,11 @@ from pallas_kernels import _kernel
 def missing() -> str | None:
     """Why no Triton kernel can run in this environment, or None."""
     absent = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
-    return f"needs {' and '.join(absent)}: pip install 'jaxlora[cuda]'" if absent else None
+    if absent:
+        return f"needs {' and '.join(absent)}: pip install 'jaxlora[cuda]'"
+    # From 0.4 on a result that takes an argument's place is no parameter of the kernel.
+    version = importlib.metadata.version("jax_triton")
+    return None if version.startswith("0.3.") else f"needs jax_triton 0.3, found {version}: pip install 'jaxlora[cuda]'"
 
 
 def refuses() -> str | None:
@@ -36,7 +41,7 @@ def float8_code() -> Any:
 
 @functools.cache
 def _record() -> None:
-    """Lowers jax-triton's calls to jaxlib's handler of XLA's typed interface, as its later versions do, instead of the older one.
+    """Lowers jax-triton's calls to jaxlib's handler of XLA's typed interface, as jax-triton 0.4 does, instead of the older one.
 
     XLA records those calls together with the kernels around them, so that copies run beside them too, and compiles and caches them with
     the program.
@@ -48,10 +53,9 @@ def _record() -> None:
     def lower(context: Any, *arguments: Any, **params: Any) -> Any:
         results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, context, *arguments, **params)
         attributes = results[0].owner.attributes
-        if ir.StringAttr(attributes["call_target_name"]).value == "triton_kernel_call":
-            attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
-            attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
-            attributes["backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
+        attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
+        attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+        attributes["backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
         return results
 
     mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
@@ -73,10 +77,8 @@ def call(
     import jax_triton  # pyright: ignore[reportMissingImports]
 
     _record()
-    # jax-triton 0.4 renamed it.
-    shapes = {"out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape": out}
     capability = _kernel.device().capability
     assert capability is not None, "refuses() lets no call come here without one"
     # Else jax-triton asks the first GPU, and nothing could be lowered for one that is not here.
     how: Any = {"compute_capability": 10 * capability[0] + capability[1], "input_output_aliases": dict(in_place or {})}
-    return jax_triton.triton_call(*arguments, kernel=kernel, grid=grid, **how, **shapes, **constants, **config)
+    return jax_triton.triton_call(*arguments, kernel=kernel, grid=grid, out_shape=out, **how, **constants, **config)

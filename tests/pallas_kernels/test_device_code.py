@@ -1,6 +1,8 @@
 """What can be known of GPU kernels without a GPU: Mosaic's lower for an H200, Triton's compute the right numbers in its interpreter."""
 
 import functools
+import importlib.metadata
+import importlib.util
 import json
 
 import jax
@@ -85,6 +87,21 @@ def test_triton_says_what_is_missing(monkeypatch):
     case = KERNELS["int4_matmul"].cases["one_row"](jnp.bfloat16)
     with h200.pretended(), pytest.raises(NotImplementedError, match=r"needs jax_triton: pip install 'jaxlora\[cuda\]'"):
         int4_matmul(**case.arrays, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("absent", "version", "reason"),
+    [
+        ({"triton"}, "0.3.1", "needs triton: pip install 'jaxlora[cuda]'"),
+        (set(), "0.4.1", "needs jax_triton 0.3, found 0.4.1: pip install 'jaxlora[cuda]'"),
+        (set(), "0.3.1", None),
+    ],
+    ids=["absent", "another version", "there"],
+)
+def test_triton_needs_the_version_whose_results_are_parameters(monkeypatch, absent, version, reason):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    assert _triton.missing.__wrapped__() == reason
 
 
 def recorded(name, case, calls):
