@@ -143,7 +143,9 @@ def _scan_bwd(block: Block, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
         # Before the first layer there is none: what is fetched then is not used.
         before = first_of(layer - 1)
         here, *saved = [b if a is None else a for a, b in zip(first, take(late, layer), strict=True)]
-        here, layer = jax.device_put(here, _DEVICE), layer + zero
+        here = jax.device_put(here, _DEVICE)
+        # What stays on the device is read by kernels.
+        layer = layer + zero
         pull = linearise(block, here, take(xs, layer), const, wanted, kept.how(), keep=True)[2]
         dx, down, added = pull((dx, None), saved)
         if dstates is not None:

@@ -43,6 +43,7 @@ LAYER_MUTANTS = [
     ),
     Mutant("jaxlora/nn/offload.py", "first_of(layer - 1)", "first_of(layer)", "a block's backward begins with its successor's", STACK),
     Mutant("jaxlora/nn/offload.py", "put(dxs, layer, down)", "put(dxs, done, down)", "gradients in the order of the backward", STACK),
+    Mutant("jaxlora/nn/vjp.py", "take(xs, i + zero)", "take(xs, zero)", "every block has the first one's weights", STACK),
     Mutant("jaxlora/nn/offload.py", "ATTENTION if fits and", "ATTENTION if", "more is kept than the host has room for", OFFLOAD),
     Mutant("jaxlora/nn/offload.py", "(2 if w.decoded else 1)", "2", "products in e4m3 count as long as others", OFFLOAD),
     Mutant("jaxlora/nn/offload.py", "if x.shape[-2] >= _LONG", "if False", "attention of long rows is computed again", OFFLOAD),

@@ -9,6 +9,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.nn import host, offload
+from jaxlora.nn.mlp import by_tiles
 from jaxlora.nn.scan import Run, Scan, scan_periods
 from jaxlora.nn.vjp import Wanted, linearise
 from jaxlora.weights.dense import Dense
@@ -156,3 +157,18 @@ def test_what_is_kept_changes_no_gradient(monkeypatch, blocks):
 def test_attention_that_travels_whole_changes_no_gradient(room):
     room(1 << 40, 0)
     assert_gradient_is_of_blocks_in_turn([attending])
+
+
+@pytest.mark.gpu
+def test_nothing_but_what_travels_is_copied_in_the_background():
+    def tiled(x, w):
+        return x + by_tiles(lambda part: jnp.tanh(part @ w), x, 256), None
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(scanned([tiled], x, [(w,)])))
+
+    x, w = jax.ShapeDtypeStruct((1, 1024, 512), jnp.float32), jax.ShapeDtypeStruct((PERIODS, 512, 512), jnp.float32)
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, w).compile().as_text()
+    begun = [line for line in text.splitlines() if "-start(" in line]
+    # To the host, and back for the last block and for the others. XLA's number of host memory is 5.
+    assert [":S(5)}" in line for line in begun] == [True] * 3, begun
