@@ -22,4 +22,18 @@ def memory_bytes() -> int:
 
 def room_bytes() -> int:
     """What may be pinned of what need not be: a quarter of the memory, and half of what XLA pins."""
-    return min(memory_bytes() // 4, (int(os.environ.get(_POOL, _POOL_GIB)) << 30) // 2)
+    return min(memory_bytes() // 4, _pool_bytes() // 2)
+
+
+def can_pin(nbytes: int) -> bool:
+    """Whether a program can have so much pinned memory: XLA pins the next power of two, or all that it may, and a quarter has to be left.
+
+    >>> can_pin(0), can_pin(1 << 50)
+    (True, False)
+    """
+    pool = _pool_bytes()
+    return nbytes <= pool and (nbytes == 0 or min(1 << (nbytes - 1).bit_length(), pool) <= memory_bytes() * 3 // 4)
+
+
+def _pool_bytes() -> int:
+    return int(os.environ.get(_POOL, _POOL_GIB)) << 30

@@ -166,6 +166,9 @@ MUTANTS = [
     Mutant("pallas_kernels/attention/short.py", "& filled.reshape", "| ~filled.reshape", "a segment sees what follows it", REFERENCE),
     Mutant("jaxlora/nn/vision.py", "config.window**2 * config.merged", "config.window**2", "windows of too few patches", QWEN),
     Mutant("pallas_kernels/attention/spec.py", "length - end, 0", "length - end - 1, 0", "the last padding is left out", ATTENTION),
+    Mutant("jaxlora/train/auto.py", "limit_gib and tried[-1].pinned", "limit_gib", "memory that the host cannot pin is planned with", AUTO),
+    Mutant("jaxlora/train/auto.py", "{limit_gib} {host.room_bytes() >> 30}", "{limit_gib}", "another host's choice is taken", AUTO),
+    Mutant("jaxlora/nn/host.py", "1 << (nbytes - 1).bit_length()", "nbytes", "XLA is taken to pin no more than is needed", AUTO),
     Mutant("jaxlora/train/auto.py", "needed_gib <= limit_gib", "needed_gib >= limit_gib", "a policy that does not fit", AUTO),
     Mutant("jaxlora/train/loop.py", ".sum()), at)", ".sum()), time.perf_counter())", "steps end when they are read", LOOP),
     # formats
