@@ -28,6 +28,7 @@ from jaxlora.train import auto, checkpoint, loop
 from jaxlora.train.loss import loss_sum
 from jaxlora.train.optim import clipped, optimizer, schedule
 from jaxlora.train.remat import execution
+from jaxlora.train.shortage import explained
 from jaxlora.train.step import make_step
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class SFTTrainer:
 
         Raises:
           NonFiniteError, Interrupted: as the loop; the checkpoints written so far are complete.
+          OutOfMemoryError: a step does not fit; the text says what to change.
           ValueError: there is nothing to resume, or it was another run (the differences are listed).
         """
         args, model = self.args, self.model
@@ -135,7 +137,9 @@ class SFTTrainer:
         dropout = model.lora is not None and model.lora.lora_dropout > 0
         options = {"dropout_key": jax.random.key(args.seed) if dropout else None, "deterministic": args.full_determinism}
         self._banner(batches, total)
-        step = self._step(functools.partial(make_step, model.graphdef, tx, **options), tx, batches)
+        make = functools.partial(make_step, model.graphdef, tx, **options)
+        policy = self._policy(make, tx, batches)
+        step = make(execution(policy))
         trainable = model.lend(_HOLDER)
         state = loop.LoopState(trainable=trainable, opt_state=tx.init(dict(trainable)))
         self._events.begin(total, state)
@@ -152,7 +156,9 @@ class SFTTrainer:
             if first >= total:
                 print(f"jaxlora: the checkpoint is of step {first} and the run has {total}: nothing is left to train", flush=True)
             rows = batches.starting(state.step, total)
-            loop.run(taking, state, model.frozen, rows, self._loop_config(total, batches), self._callbacks(batches, rate))
+            largest = f"{batches.rows} x {batches.shapes[-1].tokens} tokens"
+            with explained(f"micro-batches of up to {largest} under use_gradient_checkpointing={policy!r}"):
+                loop.run(taking, state, model.frozen, rows, self._loop_config(total, batches), self._callbacks(batches, rate))
         finally:
             model.give_back(state.trainable)
             self._events.follow(state, batches.epoch(state.step))
@@ -208,17 +214,17 @@ class SFTTrainer:
             source, values, rows=rows, accumulate=accumulate, seed=seed, shuffle=shuffle, drop_last=self.args.dataloader_drop_last
         )
 
-    def _step(self, make: Callable[[Execution], jax.stages.Wrapped], tx: optax.GradientTransformation, batches: Batches) -> loop.Step:
-        """The step under the model's gradient checkpointing; "auto" is decided by the largest shape."""
+    def _policy(self, make: Callable[[Execution], jax.stages.Wrapped], tx: optax.GradientTransformation, batches: Batches) -> bool | str:
+        """The model's gradient checkpointing; "auto" is decided by the step of the largest shape."""
         policy, model = self.model.use_gradient_checkpointing, self.model
-        if policy == "auto":
-            trainable = dict(model.trainable)
-            arguments = (trainable, jax.eval_shape(tx.init, trainable), model.frozen, batches.largest(), jnp.int32(0))
-            limit_gib = self.args.max_memory_gib or auto.memory_gib()
-            choice = auto.choose(lambda p: make(execution(p)).lower(*arguments), limit_gib, cache=folders.cache() / "remat.json")
-            print(choice.describe(), flush=True)
-            policy = choice.policy
-        return make(execution(policy))
+        if policy != "auto":
+            return policy
+        trainable = dict(model.trainable)
+        arguments = (trainable, jax.eval_shape(tx.init, trainable), model.frozen, batches.largest(), jnp.int32(0))
+        limit_gib = self.args.max_memory_gib or auto.memory_gib()
+        choice = auto.choose(lambda p: make(execution(p)).lower(*arguments), limit_gib, cache=folders.cache() / "remat.json")
+        print(choice.describe(), flush=True)
+        return choice.policy
 
     def _optimizer(self, total: int) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
         config, (given, rate) = self.args.optimizer(total), self._optimizers

@@ -7,6 +7,7 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer
+from jaxlora.train.shortage import OutOfMemoryError
 from tests.jaxlora.api.conftest import text_row
 
 IDS = np.array([[5, 6, 7]])
@@ -240,6 +241,20 @@ def test_what_is_printed_into_a_pipe_has_no_blank_line_and_no_bar(make, llama_fo
     assert all(line.strip() for line in lines)
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/2", "step 2/2"]
     assert not any("━" in line for line in lines)
+
+
+def test_a_step_that_does_not_fit_says_what_to_change_and_loses_nothing(make, monkeypatch):
+    trainer = make()
+    before = jax.tree.map(np.asarray, dict(trainer.model.trainable))
+
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 26843545600 bytes.")
+
+    monkeypatch.setattr("jaxlora.api.trainer.make_step", lambda *_, **__: too_large)
+    told = r"^micro-batches of up to 1 x \d+ tokens under use_gradient_checkpointing=False do not fit .* 25\.0 GiB more"
+    with pytest.raises(OutOfMemoryError, match=told):
+        trainer.train()
+    jax.tree.map(np.testing.assert_array_equal, dict(trainer.model.trainable), before)
 
 
 class TestAutomaticCheckpointing:
