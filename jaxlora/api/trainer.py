@@ -27,8 +27,8 @@ from jaxlora.nn.decoder import Execution
 from jaxlora.train import auto, checkpoint, loop
 from jaxlora.train.loss import loss_sum
 from jaxlora.train.optim import clipped, optimizer, schedule
+from jaxlora.train.out_of_memory import explained
 from jaxlora.train.remat import execution
-from jaxlora.train.shortage import explained
 from jaxlora.train.step import make_step
 
 log = logging.getLogger(__name__)

@@ -75,6 +75,7 @@ def choose(lower: Lower, limit_gib: float, *, cache: pathlib.Path | None = None,
       ValueError: none fits; the text is the table.
     """
     first = lower(candidates[0])
+    # What "unsloth" keeps, and whether it can, follows from the host.
     limits = f"{limit_gib} {host.room_bytes() >> 30}"
     key = hashlib.sha256(f"{jax.__version__} {limits} {list(candidates)} {first.as_text()}".encode()).hexdigest()
     known = _read(cache).get(key)

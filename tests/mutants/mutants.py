@@ -23,7 +23,7 @@ INIT = "tests/jaxlora/test_adapter_init.py"
 EXPORT = "tests/jaxlora/test_export.py"
 LINEAR = "tests/jaxlora/nn/test_linear.py"
 AUTO = "tests/jaxlora/train/test_auto.py"
-SHORTAGE = "tests/jaxlora/train/test_shortage.py"
+MEMORY = "tests/jaxlora/train/test_out_of_memory.py"
 ROPE = "tests/jaxlora/nn/test_rope.py"
 PARITY = "tests/jaxlora/models/test_parity.py"
 PEFT = "tests/jaxlora/test_peft_parity.py"
@@ -170,8 +170,8 @@ MUTANTS = [
     Mutant("jaxlora/train/auto.py", "limit_gib and tried[-1].pinned", "limit_gib", "memory that the host cannot pin is planned with", AUTO),
     Mutant("jaxlora/train/auto.py", "{limit_gib} {host.room_bytes() >> 30}", "{limit_gib}", "another host's choice is taken", AUTO),
     Mutant("jaxlora/nn/host.py", "1 << (nbytes - 1).bit_length()", "nbytes", "XLA is taken to pin no more than is needed", AUTO),
-    Mutant("jaxlora/train/shortage.py", 'or "host_bfc" in said', "and False", "the host's memory is the device's", SHORTAGE),
-    Mutant("jaxlora/train/shortage.py", 'if "RESOURCE_EXHAUSTED" not in said:', "if False:", "any fault is a lack of memory", SHORTAGE),
+    Mutant("jaxlora/train/out_of_memory.py", 'or "host_bfc" in said', "and False", "the host's memory is the device's", MEMORY),
+    Mutant("jaxlora/train/out_of_memory.py", 'if "RESOURCE_EXHAUSTED" not in said:', "if False:", "any fault is a lack of memory", MEMORY),
     Mutant("jaxlora/train/auto.py", "needed_gib <= limit_gib", "needed_gib >= limit_gib", "a policy that does not fit", AUTO),
     Mutant("jaxlora/train/loop.py", ".sum()), at)", ".sum()), time.perf_counter())", "steps end when they are read", LOOP),
     # formats

@@ -7,7 +7,7 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer
-from jaxlora.train.shortage import OutOfMemoryError
+from jaxlora.train.out_of_memory import OutOfMemoryError
 from tests.jaxlora.api.conftest import text_row
 
 IDS = np.array([[5, 6, 7]])

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jaxlora.train.shortage import OutOfMemoryError, explained
+from jaxlora.train.out_of_memory import OutOfMemoryError, explained
 
 
 def raised(said):
