@@ -35,8 +35,8 @@ def _vlm(arguments: str, must: float, stretch: float | None = None) -> Rival:
     return Rival(script="benchmarks.rivals.torch_vlm_train", arguments=arguments, must=must, stretch=stretch)
 
 
-# "hf" is transformers + PEFT + bitsandbytes in its better mode, the faster one of those that fit the card; "hf-checkpointing" is the one
-# that needs less memory, where that is another.
+# "hf" is transformers + PEFT + bitsandbytes in its fastest mode, which needs 86 to 100 GB where that is without checkpointing;
+# "hf-checkpointing" is then its mode on a card of 80 GB.
 _HF: Mapping[str, Rival] = {
     "hf": _text("--stack hf --gc off", 2.0),
     "hf-checkpointing": _text("--stack hf --gc on", 2.0),

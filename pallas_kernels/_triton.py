@@ -40,11 +40,11 @@ def float8_code() -> Any:
 
 
 @functools.cache
-def _record() -> None:
+def _lower_to_typed_interface() -> None:
     """Lowers jax-triton's calls to jaxlib's handler of XLA's typed interface, as jax-triton 0.4 does, instead of the older one.
 
     XLA records those calls together with the kernels around them, so that copies run beside them too, and compiles and caches them with
-    the program.
+    the program. All of jax-triton's calls in this process, for they have one primitive.
     """
     from jax.interpreters import mlir
     from jax_triton import triton_lib  # pyright: ignore[reportMissingImports]
@@ -76,7 +76,7 @@ def call(
     """
     import jax_triton  # pyright: ignore[reportMissingImports]
 
-    _record()
+    _lower_to_typed_interface()
     capability = _kernel.device().capability
     assert capability is not None, "refuses() lets no call come here without one"
     # Else jax-triton asks the first GPU, and nothing could be lowered for one that is not here.
