@@ -13,15 +13,43 @@ def scale_of(largest):
 
 
 @triton.jit
-def float8_rows(x, codes, scales, M: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """codes [M, N] = e4m3(x_i / scales_i), scales [M] = max|x_i| / 448; a row is one block."""
-    rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+def whole_rows(x, rows, row_kept, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of x [M, N] in fp32, with zeros beyond their columns."""
+    columns = tl.arange(0, BLOCK)
+    at = rows[:, None].to(tl.int64) * N + columns[None]
+    return tl.load(x + at, mask=row_kept[:, None] & (columns < N)[None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def put_rows(out, value, rows, row_kept, first, WIDTH: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of out [M, WIDTH]: N columns of them from ``first`` on."""
+    columns = tl.arange(0, BLOCK)
+    at = rows[:, None].to(tl.int64) * WIDTH + first + columns[None]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=row_kept[:, None] & (columns < N)[None])
+
+
+@triton.jit
+def float8_rows(
+    x, y, z, codes, scales,
+    M: tl.constexpr, NX: tl.constexpr, NY: tl.constexpr, NZ: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """codes [M, NX + NY + NZ] = e4m3(r_i / scales_i), scales [M] = max|r_i| / 448, of the rows r of [x, y, z]; y and z may have no columns.
+
+    A row is one block of each array.
+    """
+    rows, WIDTH = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), NX + NY + NZ
     row_kept = rows < M
-    kept, at = row_kept[:, None] & (columns < N)[None], rows[:, None].to(tl.int64) * N + columns[None]
-    value = tl.load(x + at, mask=kept, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.abs(value), axis=1))
+    first = whole_rows(x, rows, row_kept, NX, BLOCK_X)
+    second = whole_rows(y, rows, row_kept, NY, BLOCK_Y)
+    third = whole_rows(z, rows, row_kept, NZ, BLOCK_Z)
+    largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.maximum(tl.max(tl.abs(second), axis=1), tl.max(tl.abs(third), axis=1)))
+    scale = scale_of(largest)
+    inverse = (1.0 / scale)[:, None]
     tl.store(scales + rows, scale, mask=row_kept)
-    tl.store(codes + at, (value * (1.0 / scale)[:, None]).to(codes.dtype.element_ty), mask=kept)
+    put_rows(codes, first * inverse, rows, row_kept, 0, WIDTH, NX, BLOCK_X)
+    put_rows(codes, second * inverse, rows, row_kept, NX, WIDTH, NY, BLOCK_Y)
+    put_rows(codes, third * inverse, rows, row_kept, NX + NY, WIDTH, NZ, BLOCK_Z)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlora.nn.pending import Pending
-from jaxlora.nn.products import Activation, Inputs, gated_rows, identity, makes_input, mlp_rows, named, project_rows
+from jaxlora.nn.pending import Hollow, Pending
+from jaxlora.nn.products import Activation, Inputs, gated_rows, identity, makes_input, mlp_rows, named, project_rows, scaled_by_norm
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from jaxlora.weights.base import AbstractWeight, abstract, goes_beside
 from jaxlora.weights.dense import Dense
@@ -168,7 +168,7 @@ def _project_from(
     inputs: Sequence[Array],
     keys: Any,
     value: Array | None = None,
-    hollow: Array | None = None,
+    hollow: Hollow | None = None,
 ) -> tuple[Array, ...]:
     leading = inputs[0].shape[:-1]
     rows = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
@@ -185,13 +185,25 @@ def _project_from(
     return tuple(y.reshape(*leading, y.shape[-1]) for y in biased)
 
 
+def _drop(linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
+    """Whether an adapter drops some of its input here."""
+    return bool(keys) and any(linear.lora_dropout for linear in linears)
+
+
 def widens(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
     """Whether these Linears make function(*inputs) themselves: a kernel makes it, and their adapters' columns are to be beside it."""
-    if keys and any(linear.lora_dropout for linear in linears):
+    if _drop(linears, keys):
         return False
     rows = tuple(v.reshape(-1, v.shape[-1]) for v in inputs)
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
     return makes_input((function, (0.0,), _MAKING.get()), rows, weights, loras)
+
+
+def leaves_scales(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
+    """Whether the gradient by function(*inputs), a norm that these Linears take, is left to be scaled by the norm's gradient."""
+    rows = tuple(v.reshape(-1, v.shape[-1]) for v in inputs)
+    weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
+    return not _drop(linears, keys) and scaled_by_norm(function, rows, weights, loras)
 
 
 def spare_columns(linears: Sequence[Linear]) -> int:

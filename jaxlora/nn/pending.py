@@ -9,21 +9,42 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
+from jaxlora.weights.base import scale_rows
 from pallas_kernels.functions import Function
 from pallas_kernels.norm_gradient import norm_gradient
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hollow:
+    """Zeros that nobody reads, whose cotangent is a gradient as products leave it.
+
+    Of the cotangent's ``columns`` [N, C] the first count, as many as x has; the others are what products made beside them for their
+    adapters. Where products come with scales of their rows, ``scaled`` has these, fp32 [N], and what is then added, [N, D]; else it is
+    None.
+    """
+
+    columns: Any
+    scaled: tuple[Any, Any] | None
+
+    @classmethod
+    def of(cls, x: Float[Array, "*N D"], spare: int, *, scaled: bool) -> "Hollow":
+        """For a gradient by x with so many more columns."""
+        rows, width = x.size // x.shape[-1], x.shape[-1]
+        columns = jnp.zeros((rows, width + spare), x.dtype)
+        return cls(columns, (jnp.zeros(rows, jnp.float32), jnp.zeros((rows, width), x.dtype)) if scaled else None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
     """norm(x) = function(*inputs), not computed yet.
 
-    The value's gradient goes to ``hollow`` [N, C], zeros that nobody reads: of its cotangent the first columns count, as many as x has. The
-    others let products leave their gradient where they made it, beside their adapters' columns. ``fork`` turns it into the gradient of x.
+    The value's gradient goes to ``hollow``, which ``fork`` turns into the gradient of x.
     """
 
     function: Function
     inputs: tuple[Array, ...]
-    hollow: Array
+    hollow: Hollow
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,8 +56,10 @@ class Pending:
         return _value(self.function, self.inputs, self.hollow)
 
 
-def fork(function: Function, inputs: Sequence[Array], spare: int) -> tuple[Float[Array, "*N D"], Pending]:
+def fork(function: Function, inputs: Sequence[Array], spare: int, *, scaled: bool = False) -> tuple[Float[Array, "*N D"], Pending]:
     """(x, its norm), for a residual block: x goes on past the norm; ``spare`` are the columns that ``hollow`` has beyond those of x.
+
+    ``scaled``: the norm's gradient comes with scales of its rows, and what is added to them.
 
     >>> x, one = jnp.array([[1.0, -1.0]]), jnp.ones((1, 2))
     >>> def f(x):
@@ -45,30 +68,31 @@ def fork(function: Function, inputs: Sequence[Array], spare: int) -> tuple[Float
     >>> f(x).item(), jax.grad(f)(x).tolist()
     (0.0, [[6.0, 6.0]])
     """
-    x, hollow = _fork(function, spare, tuple(inputs))
+    x, hollow = _fork(function, (spare, scaled), tuple(inputs))
     return x, Pending(function, jax.lax.stop_gradient(tuple(inputs)), hollow)
 
 
-def _fork_forward(function: Function, spare: int, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-    x = inputs[0]
-    return x, jnp.zeros((x.size // x.shape[-1], x.shape[-1] + spare), x.dtype)
+def _fork_forward(function: Function, how: tuple[int, bool], inputs: tuple[Array, ...]) -> tuple[Array, Hollow]:
+    spare, scaled = how
+    return inputs[0], Hollow.of(inputs[0], spare, scaled=scaled)
 
 
 _fork = jax.custom_vjp(_fork_forward, nondiff_argnums=(0, 1))
 
 
-def _fork_fwd(function: Function, spare: int, inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Any]:
-    return _fork_forward(function, spare, inputs), inputs
+def _fork_fwd(function: Function, how: tuple[int, bool], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Hollow], Any]:
+    return _fork_forward(function, how, inputs), inputs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fork_bwd(function: Function, spare: int, inputs: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Any]:
-    past, dy = cotangents
+def _fork_bwd(function: Function, how: tuple[int, bool], inputs: tuple[Array, ...], cotangents: tuple[Array, Hollow]) -> tuple[Any]:
+    past, hollow = cotangents
     x, *rows = (v.reshape(-1, v.shape[-1]) for v in inputs)
-    dx = norm_gradient((x, *rows), dy, past.reshape(x.shape), function=function)
+    dx = norm_gradient((x, *rows), hollow.columns, past.reshape(x.shape), hollow.scaled, function=function)
     # Only where a norm is trained is its weight's gradient computed.
     _, pull = jax.vjp(lambda *rows: function(x, *rows), *rows)
-    gradients = (dx, *pull(dy[:, : x.shape[1]]))
+    dy = hollow.columns[:, : x.shape[1]]
+    gradients = (dx, *pull(dy if hollow.scaled is None else scale_rows(dy, *hollow.scaled)))
     return (tuple(gradient.reshape(v.shape) for gradient, v in zip(gradients, inputs, strict=True)),)
 
 
@@ -76,18 +100,19 @@ _fork.defvjp(_fork_fwd, _fork_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _value(function: Function, inputs: tuple[Array, ...], hollow: Array) -> Array:
+def _value(function: Function, inputs: tuple[Array, ...], hollow: Hollow) -> Array:
     return function(*inputs)
 
 
-def _value_fwd(function: Function, inputs: tuple[Array, ...], hollow: Array) -> tuple[Array, Any]:
-    # Of the hollow array the number of columns is kept.
-    return function(*inputs), jnp.zeros((0, hollow.shape[1]), hollow.dtype)
+def _value_fwd(function: Function, inputs: tuple[Array, ...], hollow: Hollow) -> tuple[Array, Any]:
+    # Of the hollow arrays the shapes beyond their rows are kept.
+    return function(*inputs), jax.tree.map(lambda zeros: zeros[:0], hollow)
 
 
-def _value_bwd(function: Function, like: Array, dy: Array) -> tuple[None, Array]:
+def _value_bwd(function: Function, like: Hollow, dy: Array) -> tuple[None, Hollow]:
     dy = dy.reshape(-1, dy.shape[-1])
-    return None, jnp.pad(dy, ((0, 0), (0, like.shape[1] - dy.shape[1])))
+    columns = jnp.pad(dy, ((0, 0), (0, like.columns.shape[1] - dy.shape[1])))
+    return None, Hollow(columns, None if like.scaled is None else (jnp.ones(len(dy), jnp.float32), jnp.zeros_like(dy)))
 
 
 _value.defvjp(_value_fwd, _value_bwd)

@@ -12,20 +12,24 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlora.nn.pending import Hollow
 from jaxlora.typing import Array, PRNGKeyArray
 from jaxlora.weights.base import (
     AbstractWeight,
     beside,
+    contract_first,
     contract_last,
     goes_beside,
     goes_together,
     gradients_beside,
     gradients_together,
     input_gradient,
+    input_gradient_apart,
     join,
     one_product,
     outer,
     product_beside,
+    scaled_together,
 )
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.adapted_gated import adapted_gated
@@ -34,6 +38,7 @@ from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.lora_input import KERNEL as INPUT
 from pallas_kernels.lora_input import lora_input
 from pallas_kernels.lora_swiglu import gated
+from pallas_kernels.norm_gradient import KERNEL as NORM_GRADIENT
 from pallas_kernels.plain_gradients import plain_gradients
 
 type Activation = Callable[..., Array]
@@ -47,19 +52,28 @@ type Loras = tuple[LoRA | None, ...]
 # From here on, cuBLAS takes a few columns faster transposed (8192 x 14336 x 16 on an H100: 107 us and 156).
 _MANY_CONTRACTED = 8192
 # Below, as in generation, there is too little to read for a kernel to pay.
-_MANY_ROWS = 2048
+MANY_ROWS = 2048
 
 
 def makes_input(how: How, inputs: Inputs, weights: Weights, loras: Loras) -> bool:
     """Whether a kernel makes act(*inputs) with the adapters' columns beside it, and the products want it so."""
     act, rates, making = how
     (rows, width), ranks = inputs[0].shape, [lora.rank for lora in loras if lora is not None]
-    if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < _MANY_ROWS:
+    if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < MANY_ROWS:
         return False
     if not (one_product(width, sum(ranks)) and all(w.decoded for w in weights)):
         return False
     a = jax.ShapeDtypeStruct((sum(ranks), width), inputs[0].dtype)
     return INPUT.choose("auto", inputs, a, function=act) != "xla"
+
+
+def scaled_by_norm(function: Function, inputs: Inputs, weights: Weights, loras: Loras) -> bool:
+    """Whether the gradient by a norm function(*inputs) is one product with scales of its rows, and an update, which a kernel adds up."""
+    x = inputs[0]
+    if len(x) < MANY_ROWS or all(lora is None for lora in loras) or scaled_together(weights) is None:
+        return False
+    scales = jax.ShapeDtypeStruct((len(x),), jnp.float32)
+    return NORM_GRADIENT.choose("auto", inputs, x, x, (scales, x), function=function) != "xla"
 
 
 def identity(x: Array) -> Array:
@@ -82,7 +96,13 @@ def _products(
     x = act(*inputs) if value is None else value
     # Kept before they are used: a product that is computed again does not need them again.
     us = _kept(_down(rates, x, loras, keys))
-    return _ys(x, weights, loras, us), us, None
+    return _ys(x, weights, loras, us), us, _statistics(act, inputs)
+
+
+def _statistics(act: Activation, inputs: Inputs) -> Array | None:
+    """A norm's statistics, which save its backward from making it; None of what is no norm."""
+    statistics = act.statistics(inputs[0]) if isinstance(act, Function) else None
+    return None if statistics is None else checkpoint_name(statistics, "lora_u")
 
 
 def _kept(us: dict[int, Array]) -> dict[int, Array]:
@@ -91,7 +111,7 @@ def _kept(us: dict[int, Array]) -> dict[int, Array]:
 
 
 def _forward(
-    how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
+    how: How, inputs: Inputs, hollow: Hollow | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[Array, ...]:
     return _products(how, inputs, weights, loras, keys, value)[0]
 
@@ -100,7 +120,7 @@ project_rows = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
 def _project_fwd(
-    how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
+    how: How, inputs: Inputs, hollow: Hollow | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[tuple[Array, ...], Any]:
     ys, us, statistics = _products(how, inputs, weights, loras, keys, value)
     return ys, (inputs, _marked(hollow), weights, loras, keys, us, statistics)
@@ -111,9 +131,9 @@ def _sum_over_rows(act: Activation, inputs: Inputs, statistics: Array | None, x:
     return outer(du, x) if statistics is None or not isinstance(act, Function) else act.sum_over_rows(du, inputs, statistics)
 
 
-def _marked(hollow: Array | None) -> tuple[()] | None:
-    """Whether there is one, in the structure of what is saved: the zeros themselves are not to be kept."""
-    return None if hollow is None else ()
+def _marked(hollow: Hollow | None) -> Hollow | None:
+    """Whether there is one, and one that is scaled, in the structure of what is saved: the zeros themselves are not to be kept."""
+    return jax.tree.map(lambda _: (), hollow)
 
 
 def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
@@ -164,7 +184,7 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    wide, du, dus, dbs = _plain_gradients(weights, loras, plain, dys, us, making)
+    wide, scaled, du, dus, dbs = _plain_gradients(weights, loras, plain, dys, us, (making, hollow))
     dx = wide[:, : x.shape[1]]
     das = {} if du is None else dict(zip(plain, _split(_sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
@@ -172,7 +192,7 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
     dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], dbs[i]) for i, lora in enumerate(loras))
-    dinputs, dhollow = (pull(dx), None) if hollow is None else (None, wide)
+    dinputs, dhollow = (pull(dx), None) if hollow is None else (None, Hollow(wide, scaled))
     return dinputs, dhollow, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
 
@@ -180,13 +200,15 @@ project_rows.defvjp(_project_fwd, _project_bwd)
 
 
 def _plain_gradients(
-    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array], making: bool
-) -> tuple[Array, Array | None, dict[int, Array], dict[int, Array]]:
-    """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone, each
-    adapter's dyᵀ u).
+    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array], how: tuple[bool, Hollow | None]
+) -> tuple[Array, tuple[Array, Array] | None, Array | None, dict[int, Array], dict[int, Array]]:
+    """(dx without the dropped adapters' parts, what it is yet to be scaled by, the du of the ``plain`` ones side by side, each adapter's du
+    where it was made alone, each adapter's dyᵀ u).
 
-    dx has `spare_columns` behind its own.
+    dx has `spare_columns` behind its own, and is yet to be scaled where it goes to a `Hollow` that is. ``how`` is what
+    `jaxlora.nn.linear.making_inputs` says, and where dx goes.
     """
+    making, hollow = how
     dtype = dys[0].dtype
     bs = [b for b in _padded_b(loras, dtype) if b is not None]
     # Where blocks wait in host memory, XLA would begin to fetch the next one too late if fewer products were left to run.
@@ -194,14 +216,20 @@ def _plain_gradients(
         dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
         sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))
         starts, firsts = _starts(w.shape[0] for w in weights), _starts(lora.rank for lora in plain.values())
-        return dx, du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
+        return dx, None, du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
     dbs = {i: outer(dys[i], us[i]) for i, lora in enumerate(loras) if lora is not None}
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
-        return *gradients_beside(dys, weights, bs, _stacked_a(plain, dtype)), {}, dbs
+        dx, du = gradients_beside(dys, weights, bs, _stacked_a(plain, dtype))
+        return dx, None, du, {}, dbs
     dus = {i: _narrow_product(dys[i], _scaled(lora, dtype)) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
-    return input_gradient(weights, dys, None if du is None else (du, _stacked_a(plain, dtype))), du, dus, dbs
+    update = None if du is None else (du, _stacked_a(plain, dtype))
+    apart = None if hollow is None or hollow.scaled is None or update is None else input_gradient_apart(weights, dys)
+    if apart is None or update is None:
+        return input_gradient(weights, dys, update), None, du, dus, dbs
+    z, scales = apart
+    return z, (scales, contract_first(*update)), du, dus, dbs
 
 
 def _narrow_product(dy: Array, b: Array) -> Array:
@@ -218,7 +246,7 @@ def _starts(sizes: Iterable[int]) -> list[int]:
 
 
 def _mlp_forward(
-    how: tuple[Activation, str, bool], inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
+    how: tuple[Activation, str, bool], inputs: Inputs, hollow: Hollow | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
 ) -> Array:
     return _mlp_fwd(how, inputs, hollow, bias, weights, loras)[0]
 
@@ -227,12 +255,12 @@ mlp_rows = jax.custom_vjp(_mlp_forward, nondiff_argnums=(0,))
 
 
 def _mlp_fwd(
-    how: tuple[Activation, str, bool], inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
+    how: tuple[Activation, str, bool], inputs: Inputs, hollow: Hollow | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
 ) -> tuple[Array, Any]:
     into, activation, making = how
     if bias is None and not any(w.decoded for w in weights[:-1]):
         y, ys, us, down_u = _mlp_apart(into, activation, inputs, weights, loras)
-        return y, (inputs, _marked(hollow), ys, bias, us, down_u, weights, loras, None)
+        return y, (inputs, _marked(hollow), ys, bias, us, down_u, weights, loras, _statistics(into, inputs))
     alone = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
     ys, us, statistics = _products((into, alone[0], making), inputs, weights[:-1], loras[:-1], alone[1], None)
     act, wide = _activation(activation, ys, bias)
@@ -270,8 +298,8 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
     if bias is None:
         e, g = ys
         # Scaled by the kernel, where it is a product whose rows are to be.
-        dh, scales = weights[-1].matmul_t_apart(dy) or (input_gradient(weights[-1:], (dy,)), None)
-        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, a, scales=scales, activation=activation)
+        dh, dh_scales = weights[-1].matmul_t_apart((dy,)) or (input_gradient(weights[-1:], (dy,)), None)
+        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, a, scales=dh_scales, activation=activation)
         dbs = [db_gate, db_up]
     else:
         (e,) = ys
@@ -280,7 +308,7 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
         *dys, db, da = plain_gradients(e, bias, dh, us[0], du, activation=activation)
         dbs = [db]
     pairs = dict(enumerate(loras[:-1]))
-    dx, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), us, making)
+    dx, scaled, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), us, (making, hollow))
     assert both is not None
     x, pull = jax.vjp(into, *inputs)
     das = _split(_sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
@@ -289,7 +317,7 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
     act, wide = _activation(activation, ys, bias)
     dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, (*((x, each) for each in dys), (act(*wide), dy)), strict=True))
     dbias = None if bias is None else dys[0].astype(jnp.float32).sum(0, keepdims=True).astype(bias.dtype)
-    dinputs, dhollow = (pull(dx[:, : x.shape[1]]), None) if hollow is None else (None, dx)
+    dinputs, dhollow = (pull(dx[:, : x.shape[1]]), None) if hollow is None else (None, Hollow(dx, scaled))
     return dinputs, dhollow, dbias, dweights, (*dloras, _pair_gradient(down, da, outer(dy, down_u)))
 
 

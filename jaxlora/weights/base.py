@@ -90,8 +90,8 @@ class AbstractWeight(abc.ABC):
         """(z, s) of x @ Wᵀ = s ∘ z, s being fp32 scales of the rows; None where products come without any."""
         return None
 
-    def matmul_t_apart(self, dy: Float[Array, "N O"]) -> tuple[Float[Array, "N I"], Float[Array, " N"]] | None:
-        """(z, s) of dy @ W = s ∘ z, as of ``matmul_apart``."""
+    def matmul_t_apart(self, dys: Sequence[Float[Array, "N _"]]) -> tuple[Float[Array, "N I"], Float[Array, " N"]] | None:
+        """(z, s) of dy @ W = s ∘ z, as of ``matmul_apart``, for a dy that is yet in parts, side by side."""
         return None
 
     @property
@@ -118,10 +118,9 @@ def input_gradient(
 
     Where the outputs are not much wider than the input, they are one product: copying the dy costs less than adding up the dx.
     """
-    decoded = all(w.decoded for w in weights)
-    joined = weights[0].above(weights[1:]) if _narrow(weights) and not decoded and len(weights) > 1 else None
-    if joined is not None:
-        return joined.matmul_t(beside(*dys), update)
+    apart = input_gradient_apart(weights, dys)
+    if apart is not None:
+        return scale_rows(*apart, None if update is None else contract_first(*update))
     if goes_together(weights, 0 if update is None else update[0].shape[1]):
         u, a = ([], None) if update is None else ([update[0]], update[1])
         return contract_first(beside(*dys, *u), stacked(weights, dys[0].dtype, below=a))
@@ -130,6 +129,27 @@ def input_gradient(
         # In this order XLA has the second product add to the first in place.
         dx = w.matmul_t(dy) + dx
     return dx
+
+
+def input_gradient_apart(
+    weights: Sequence[AbstractWeight], dys: Sequence[Float[Array, "N _"]]
+) -> tuple[Float[Array, "N I"], Float[Array, " N"]] | None:
+    """(z, s) of Σ dy_i @ W_i = s ∘ z, s being fp32 scales of the rows; None where it is no one product with any."""
+    joined = scaled_together(weights)
+    return None if joined is None else joined.matmul_t_apart(dys)
+
+
+def scaled_together(weights: Sequence[AbstractWeight]) -> AbstractWeight | None:
+    """One leaf of weights whose products come with scales of the rows; None where there is no such leaf."""
+    if any(w.decoded for w in weights):
+        return None
+    return weights[0].above(weights[1:]) if len(weights) > 1 else weights[0]
+
+
+def scale_rows(z: Float[Array, "N C"], scales: Float[Array, " N"], added: Float[Array, "N C"] | None = None) -> Float[Array, "N C"]:
+    """scales_i · z_i (+ added_i), in fp32 and rounded once."""
+    y = z.astype(jnp.float32) * scales[:, None]
+    return (y if added is None else y + added).astype(z.dtype)
 
 
 def gradients_beside(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
-from jaxlora.weights.base import AbstractWeight, LowRank, contract_first, contract_last
+from jaxlora.weights.base import AbstractWeight, LowRank, contract_first, contract_last, scale_rows
 from pallas_kernels.float8_rows import LARGEST, float8_rows
 
 
@@ -20,7 +20,9 @@ class Float8(AbstractWeight):
     ``scale`` is fp32 [] for the whole weight, s_i = max|x_i| / 448 for each row (Micikevicius et al. 2022, arXiv:2209.05433). One scale
     does for all groups of a 4-bit weight, since e4m3 is a floating-point format: groups would have to differ by 2¹¹ to lose a bit. A code
     times its group's scale is rounded once, which adds 2.6 % to int4's error (0.0937 in all against 0.0899, on normal weights); a row of x
-    is rounded by as much. Products accumulate in fp32 as cuBLAS's e4m3 products do; an update (an adapter's part) stays in x's dtype.
+    is rounded by as much. Products accumulate in fp32 as cuBLAS's e4m3 products do; an update (an adapter's part) stays in x's dtype. It
+    is added in fp32 to a product that is scaled already: cuBLAS would add it to a rounded one, where half a unit in the last place of bf16
+    hides it.
 
     Both products contract the last axis of both operands, for which the input gradient decodes the weight transposed.
     """
@@ -76,32 +78,28 @@ class Float8(AbstractWeight):
 
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ (+ u @ bᵀ)."""
-        return _scaled(*self.matmul_apart(x), None if update is None else contract_last(*update))
+        return scale_rows(*self.matmul_apart(x), None if update is None else contract_last(*update))
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W (+ u @ a)."""
-        return _scaled(*self.matmul_t_apart(dy), None if update is None else contract_first(*update))
+        return scale_rows(*self.matmul_t_apart((dy,)), None if update is None else contract_first(*update))
 
     def matmul_apart(self, x: Float[Array, "N I"]) -> tuple[Float[Array, "N O"], Float[Array, " N"]]:
         """x₈ W₈ᵀ and scale · s, by which its rows are multiplied."""
-        return self._product(x, self.base.float8(self.scale), self.shape[0])
+        w = self.base.float8(self.scale)
+        return self._product((jnp.pad(x, ((0, 0), (0, w.shape[1] - x.shape[1]))),), w)
 
-    def matmul_t_apart(self, dy: Float[Array, "N O"]) -> tuple[Float[Array, "N I"], Float[Array, " N"]]:
+    def matmul_t_apart(self, dys: Sequence[Float[Array, "N _"]]) -> tuple[Float[Array, "N I"], Float[Array, " N"]]:
         """dy₈ W₈ and scale · s, by which its rows are multiplied."""
         # The barrier: XLA would otherwise write the gradients that it fuses with in fp32, and read them again for their largest.
-        dy = jax.lax.optimization_barrier(dy)
-        return self._product(dy, self.base.float8(self.scale, transpose=True), self.shape[1])
+        dys = jax.lax.optimization_barrier(tuple(dys))
+        z, scales = self._product(dys, self.base.float8(self.scale, transpose=True))
+        return z[:, : self.shape[1]], scales
 
-    def _product(self, x: Float[Array, "N C"], w: Float[Array, "F D"], width: int) -> tuple[Float[Array, "N width"], Float[Array, " N"]]:
-        """(x₈ wᵀ, scale · s); w may have padding beyond x's columns and beyond the result's."""
-        rounded, scales = float8_rows(jnp.pad(x, ((0, 0), (0, w.shape[1] - x.shape[1]))))
+    def _product(self, parts: Sequence[Float[Array, "N _"]], w: Float[Array, "F C"]) -> tuple[Float[Array, "N F"], Float[Array, " N"]]:
+        """(x₈ wᵀ, scale · s) of the rows x of all parts."""
+        rounded, scales = float8_rows(parts[0], parts[1:])
         # The barrier: XLA would otherwise convert back and multiply in bf16.
         rounded, w = jax.lax.optimization_barrier((rounded, w))
-        raw = jax.lax.dot_general(rounded, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)[:, :width]
+        raw = jax.lax.dot_general(rounded, w, (((1,), (1,)), ((), ())), preferred_element_type=parts[0].dtype)
         return raw, scales * self.scale
-
-
-def _scaled(raw: Float[Array, "N C"], scales: Float[Array, " N"], added: Array | None) -> Float[Array, "N C"]:
-    """scales_i · raw_i + added."""
-    y = raw.astype(jnp.float32) * scales[:, None]
-    return (y if added is None else y + added).astype(raw.dtype)

@@ -1,6 +1,7 @@
 """One Triton kernel, sm89 and up; the device code is `pallas_kernels.float8_triton_code`."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from pallas_kernels.float8_rows.xla import E4M3
 
 # Beyond, a row's elements do not fit the registers of its program.
 _MOST_COLUMNS = 65536
+_MOST_PARTS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,25 +24,33 @@ class Config:
     num_stages: int = 1
 
 
-def refuses(x: Array) -> str | None:
+def refuses(parts: Sequence[Array]) -> str | None:
     """Why Triton cannot run this call here, or None."""
-    if x.dtype != jnp.bfloat16:
-        return f"needs bfloat16, got {x.dtype}"
-    if x.shape[1] > _MOST_COLUMNS:
-        return f"holds rows of up to {_MOST_COLUMNS} columns, got {x.shape[1]}"
+    if any(part.dtype != jnp.bfloat16 for part in parts):
+        return f"needs bfloat16, got {', '.join(str(part.dtype) for part in parts)}"
+    columns = sum(_block(part.shape[1]) for part in parts)
+    if columns > _MOST_COLUMNS or len(parts) > _MOST_PARTS:
+        return f"holds rows of up to {_MOST_COLUMNS} columns of up to {_MOST_PARTS} arrays, got {columns} of {len(parts)}"
     return _kernel.device().lacks((8, 9)) or _triton.refuses()
 
 
-def rows(x: Float[Array, "N C"]) -> tuple[Float[Array, "N C"], Float[Array, " N"]]:
+def rows(parts: Sequence[Float[Array, "N _"]]) -> tuple[Float[Array, "N C"], Float[Array, " N"]]:
     """As `float8_rows` returns them."""
-    count, columns = x.shape
-    config = dataclasses.asdict(_tuned.config("float8_rows", "triton", Config, x.shape))
+    count, widths = len(parts[0]), [part.shape[1] for part in parts]
+    config = dataclasses.asdict(_tuned.config("float8_rows", "triton", Config, (count, sum(widths))))
+    absent = _MOST_PARTS - len(parts)
+    blocks = zip(("BLOCK_X", "BLOCK_Y", "BLOCK_Z"), [*map(_block, widths), *[1] * absent], strict=True)
     return _triton.call(
         _triton.float8_code().float8_rows,
-        x,
-        out=(jax.ShapeDtypeStruct(x.shape, E4M3), jax.ShapeDtypeStruct((count,), jnp.float32)),
+        # Of an array without columns nothing is read.
+        *(*parts, *[parts[0]] * absent),
+        out=(jax.ShapeDtypeStruct((count, sum(widths)), E4M3), jax.ShapeDtypeStruct((count,), jnp.float32)),
         grid=(-(-count // config["BLOCK_M"]),),
-        config={**config, "BLOCK_N": 1 << (columns - 1).bit_length()},
+        config={**config, **dict(blocks)},
         M=count,
-        N=columns,
+        **dict(zip(("NX", "NY", "NZ"), [*widths, *[0] * absent], strict=True)),
     )
+
+
+def _block(columns: int) -> int:
+    return 1 << (columns - 1).bit_length()

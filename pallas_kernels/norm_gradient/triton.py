@@ -25,16 +25,19 @@ def refuses(x: Array) -> str | None:
     return f"needs bfloat16, got {x.dtype}" if x.dtype != jnp.bfloat16 else _triton.refuses()
 
 
-def gradient(function: Function, inputs: Sequence[Array], dy: Float[Array, "N C"], past: Float[Array, "N D"]) -> Float[Array, "N D"]:
+def gradient(
+    function: Function, inputs: Sequence[Array], dy: Float[Array, "N C"], past: Float[Array, "N D"], scaled: Sequence[Array] | None
+) -> Float[Array, "N D"]:
     """As `norm_gradient` returns it."""
     x, weight = inputs[:2]
     config = dataclasses.asdict(_tuned.config("norm_gradient", "triton", Config, x.shape))
     return _triton.call(
         _triton.device_code().norm_gradient,
-        *(x, weight, dy, past, dy.shape[1]),
+        # What is not scaled reads nothing of the two.
+        *(x, weight, dy, *(scaled or (weight, past)), past, dy.shape[1]),
         out=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(-(-x.shape[0] // config["BLOCK_M"]),),
         config={**config, "BLOCK_N": 1 << (x.shape[1] - 1).bit_length()},
-        **{"M": x.shape[0], "N": x.shape[1], "ALIGNED": dy.shape[1] % 16 == 0},
+        **{"M": x.shape[0], "N": x.shape[1], "ALIGNED": dy.shape[1] % 16 == 0, "SCALED": scaled is not None},
         **{"CENTRED": function.form == "layer_norm", "EPS": function.eps},
     )

@@ -14,7 +14,7 @@ KERNELS = {
     "adapted_gated": (products_module, None),
     "gated_gradients": (products_module, (linear_module, "GRADIENTS")),
     "plain_gradients": (products_module, (linear_module, "PLAIN_GRADIENTS")),
-    "norm_gradient": (pending_module, None),
+    "norm_gradient": (pending_module, (products_module, "NORM_GRADIENT")),
 }
 TRACES = (
     products_module._products,
@@ -51,7 +51,7 @@ def in_one_pass(monkeypatch):
         if "lora_input" in names:
             for module in (base_module, products_module):
                 monkeypatch.setattr(module, "one_product", lambda width, columns: True)
-            monkeypatch.setattr(products_module, "_MANY_ROWS", 1)
+            monkeypatch.setattr(products_module, "MANY_ROWS", 1)
         return ran
 
     def forget():

@@ -8,13 +8,14 @@ from flax import nnx
 
 from jaxlora.adapt import LoRAConfig, attach, fill_adapters, partition
 from jaxlora.nn.decoder import Execution
-from jaxlora.nn.linear import Linear, making_inputs, project, spare_columns
+from jaxlora.nn.linear import Linear, making_inputs, project, project_mlp, spare_columns
 from jaxlora.nn.norm import RMSNorm, branch
 from jaxlora.nn.pending import Pending, fork
 from jaxlora.nn.stack import flatten, flatten_leaves, linear_paths, nest
 from jaxlora.select import by_flags
 from jaxlora.train.remat import execution
 from jaxlora.weights.dense import Dense
+from jaxlora.weights.float8 import Float8
 from jaxlora.weights.int4 import Int4
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.functions import Function
@@ -115,16 +116,44 @@ def test_a_norm_is_computed_apart_for_others(reason, in_one_pass, made, monkeypa
     norm.weight.set_value(jnp.ones(64))
     in_one_pass("lora_input", "norm_gradient")
     if reason == "few rows":
-        monkeypatch.setattr("jaxlora.nn.products._MANY_ROWS", 6)
+        monkeypatch.setattr("jaxlora.nn.products.MANY_ROWS", 6)
     _, normed = branch(norm, normal(0, 5, 64), linears, {"q_proj": jax.random.key(0)} if reason == "dropout" else None)
     assert not isinstance(normed, Pending)
 
 
-def test_the_value_of_a_pending_norm_has_the_norms_gradient():
+@pytest.mark.parametrize("block", ["projections", "mlp"])
+def test_a_pending_norm_puts_the_gradient_of_products_in_e4m3_together(block, in_one_pass, monkeypatch):
+    """By x, by the norm's weight and by the adapters."""
+    monkeypatch.setattr("jaxlora.nn.products.MANY_ROWS", 1)
+    loras = [linear(10 * i, 64, weight=Int4).lora for i in range(3)]
+
+    def loss(x, weight, loras):
+        linears = [linear(10 * i, 64, weight=Int4) for i in range(3)]
+        norm = RMSNorm(64, eps=1e-5, dtype=jnp.float32)
+        norm.weight.set_value(weight)
+        for each, lora in zip(linears, loras, strict=True):
+            each.weight.set_value(Float8.of(each.weight.get_value()))
+            each.attach(lora)
+        past, normed = branch(norm, x, linears if block == "projections" else linears[:2], None)
+        ys = project(linears, normed) if block == "projections" else [project_mlp(linears, normed, "silu", (None,) * 3)]
+        return sum(jnp.vdot(y, normal(50 + i, *y.shape)) for i, y in enumerate(ys)) + jnp.vdot(past, normal(60, *x.shape))
+
+    def gradients():
+        return jax.grad(loss, argnums=(0, 1, 2))(normal(70, 2, 5, 64), 1 + normal(90, 64) / 8, loras)
+
+    in_one_pass("adapted_gated", "gated_gradients")
+    expected = gradients()
+    ran = in_one_pass("norm_gradient")
+    assert_close(gradients(), expected)
+    assert ran["norm_gradient"] == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_value_of_a_pending_norm_has_the_norms_gradient(scaled):
     x, weight, function = normal(0, 3, 8), normal(1, 1, 8), Function("rms_norm", eps=1e-5)
 
     def loss(x, weight):
-        past, normed = fork(function, (x, weight), 5)
+        past, normed = fork(function, (x, weight), 5, scaled=scaled)
         return jnp.vdot(normed.value(), normal(2, 3, 8)) + jnp.vdot(past, normal(3, 3, 8))
 
     def plain(x, weight):

@@ -76,6 +76,19 @@ def test_a_group_has_one_input_gradient():
     assert distance(input_gradient(leaves, dys, (u, a)), expected) <= E4M3_PRODUCT
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["product", "input gradient"])
+def test_a_small_update_is_not_swallowed_by_a_rounded_product(turned):
+    """As `tests.jaxlora.nn.test_pending` has it: less than half a unit in the last place of bfloat16 moves y on the average."""
+    leaf, x, u = Float8.of(Dense(draw(0, 256, 256))), draw(1, 500, 256).astype(jnp.bfloat16), draw(2, 500, 4).astype(jnp.bfloat16)
+    b = (1e-3 * draw(3, 256, 4)).astype(jnp.bfloat16)
+
+    def y(b):
+        return (input_gradient([leaf], [x], (u, b.T)) if turned else leaf.matmul(x, (u, b))).astype(jnp.float32)
+
+    exact = u.astype(jnp.float32) @ b.astype(jnp.float32).T
+    assert 0.9 < float(jnp.vdot(y(b) - y(0 * b), exact) / jnp.vdot(exact, exact)) < 1.1
+
+
 def test_a_row_of_outliers_costs_the_others_nothing():
     leaf, x = Float8.of(Int4.quantise(draw(0, 64, 128))), draw(1, 4, 128)
     loud = x.at[0].multiply(1e6)
