@@ -194,16 +194,18 @@ def widens(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: 
     """Whether these Linears make function(*inputs) themselves: a kernel makes it, and their adapters' columns are to be beside it."""
     if _drop(linears, keys):
         return False
-    rows = tuple(v.reshape(-1, v.shape[-1]) for v in inputs)
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
-    return makes_input((function, (0.0,), _MAKING.get()), rows, weights, loras)
+    return makes_input((function, (0.0,), _MAKING.get()), _shapes_of_rows(inputs), weights, loras)
+
+
+def _shapes_of_rows(inputs: Sequence[Array]) -> tuple[Any, ...]:
+    return tuple(jax.ShapeDtypeStruct((v.size // v.shape[-1], v.shape[-1]), v.dtype) for v in inputs)
 
 
 def leaves_scales(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
     """Whether the gradient by function(*inputs), a norm that these Linears take, is left to be scaled by the norm's gradient."""
-    rows = tuple(v.reshape(-1, v.shape[-1]) for v in inputs)
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
-    return not _drop(linears, keys) and scaled_by_norm(function, rows, weights, loras)
+    return not _drop(linears, keys) and scaled_by_norm(function, _shapes_of_rows(inputs), weights, loras)
 
 
 def spare_columns(linears: Sequence[Linear]) -> int:

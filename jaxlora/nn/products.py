@@ -5,7 +5,7 @@ Arrays [N, ·] in and out, weights and adapters as values; `jaxlora.nn.linear` h
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,8 +55,11 @@ _MANY_CONTRACTED = 8192
 MANY_ROWS = 2048
 
 
-def makes_input(how: How, inputs: Inputs, weights: Weights, loras: Loras) -> bool:
-    """Whether a kernel makes act(*inputs) with the adapters' columns beside it, and the products want it so."""
+def makes_input(how: How, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
+    """Whether a kernel makes act(*inputs) with the adapters' columns beside it, and the products want it so.
+
+    Of inputs, or of their shapes and dtypes.
+    """
     act, rates, making = how
     (rows, width), ranks = inputs[0].shape, [lora.rank for lora in loras if lora is not None]
     if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < MANY_ROWS:
@@ -67,12 +70,15 @@ def makes_input(how: How, inputs: Inputs, weights: Weights, loras: Loras) -> boo
     return INPUT.choose("auto", inputs, a, function=act) != "xla"
 
 
-def scaled_by_norm(function: Function, inputs: Inputs, weights: Weights, loras: Loras) -> bool:
-    """Whether the gradient by a norm function(*inputs) is one product with scales of its rows, and an update, which a kernel adds up."""
+def scaled_by_norm(function: Function, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
+    """Whether the gradient by a norm function(*inputs) is one product with scales of its rows, and an update, which a kernel adds up.
+
+    Of inputs, or of their shapes and dtypes.
+    """
     x = inputs[0]
-    if len(x) < MANY_ROWS or all(lora is None for lora in loras) or scaled_together(weights) is None:
+    if x.shape[0] < MANY_ROWS or all(lora is None for lora in loras) or scaled_together(weights) is None:
         return False
-    scales = jax.ShapeDtypeStruct((len(x),), jnp.float32)
+    scales = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
     return NORM_GRADIENT.choose("auto", inputs, x, x, (scales, x), function=function) != "xla"
 
 
@@ -96,12 +102,12 @@ def _products(
     x = act(*inputs) if value is None else value
     # Kept before they are used: a product that is computed again does not need them again.
     us = _kept(_down(rates, x, loras, keys))
-    return _ys(x, weights, loras, us), us, _statistics(act, inputs)
+    return _ys(x, weights, loras, us), us, _statistics(act, inputs, weights)
 
 
-def _statistics(act: Activation, inputs: Inputs) -> Array | None:
-    """A norm's statistics, which save its backward from making it; None of what is no norm."""
-    statistics = act.statistics(inputs[0]) if isinstance(act, Function) else None
+def _statistics(act: Activation, inputs: Inputs, weights: Weights) -> Array | None:
+    """A norm's statistics, where no kernel makes them but one makes its gradient; None of what is no norm."""
+    statistics = act.statistics(inputs[0]) if isinstance(act, Function) and not all(w.decoded for w in weights) else None
     return None if statistics is None else checkpoint_name(statistics, "lora_u")
 
 
@@ -260,7 +266,7 @@ def _mlp_fwd(
     into, activation, making = how
     if bias is None and not any(w.decoded for w in weights[:-1]):
         y, ys, us, down_u = _mlp_apart(into, activation, inputs, weights, loras)
-        return y, (inputs, _marked(hollow), ys, bias, us, down_u, weights, loras, _statistics(into, inputs))
+        return y, (inputs, _marked(hollow), ys, bias, us, down_u, weights, loras, _statistics(into, inputs, weights))
     alone = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
     ys, us, statistics = _products((into, alone[0], making), inputs, weights[:-1], loras[:-1], alone[1], None)
     act, wide = _activation(activation, ys, bias)

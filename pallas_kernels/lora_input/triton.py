@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class PlainConfig(Config):
     num_stages: int = 3
 
 
-def refuses(function: Function, x: Array, rank: int) -> str | None:
+def refuses(function: Function, x: Any, rank: int) -> str | None:
     """Why Triton cannot run this call here, or None."""
     if x.dtype != jnp.bfloat16:
         return f"needs bfloat16, got {x.dtype}"

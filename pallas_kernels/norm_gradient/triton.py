@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ class Config:
     num_stages: int = 1
 
 
-def refuses(x: Array) -> str | None:
+def refuses(x: Any) -> str | None:
     """Why Triton cannot run this call here, or None."""
     return f"needs bfloat16, got {x.dtype}" if x.dtype != jnp.bfloat16 else _triton.refuses()
 

@@ -37,11 +37,19 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "jaxlora/nn/products.py",
-        "du, a, scales=scales, activation",
+        "du, a, scales=dh_scales, activation",
         "du, a, scales=None, activation",
         "the gradient by h is not scaled",
         GATED,
     ),
+    Mutant(
+        "jaxlora/weights/base.py",
+        "(y if added is None else y + added).astype(z.dtype)",
+        "y.astype(z.dtype) if added is None else y.astype(z.dtype) + added.astype(z.dtype)",
+        "a rounded product in e4m3 swallows its update",
+        FLOAT8,
+    ),
+    Mutant("pallas_kernels/norm_gradient/xla.py", "scales[:, None] + added", "scales[:, None]", "an update passes no norm", REFERENCE),
     Mutant("jaxlora/weights/float8.py", "for other in alike)]).max()", "for other in alike)]).min()", "joined weights overflow", FLOAT8),
     Mutant(
         "pallas_kernels/int4_matmul/front.py",

@@ -24,7 +24,7 @@ LAYER_MUTANTS = [
         "the layer norm's backward forgets the mean",
         NORM,
     ),
-    Mutant("jaxlora/nn/pending.py", "dy, past.reshape", "dy, 0 * past.reshape", "what comes past a norm is lost", PENDING),
+    Mutant("jaxlora/nn/pending.py", "columns, past.reshape", "columns, 0 * past.reshape", "what comes past a norm is lost", PENDING),
     Mutant(
         "jaxlora/nn/products.py",
         "us = _kept(_down(rates, x, loras, keys))",
@@ -32,15 +32,19 @@ LAYER_MUTANTS = [
         "adapters' columns are computed again",
         "tests/jaxlora/nn/test_linear.py",
     ),
-    Mutant("jaxlora/nn/products.py", "else (None, wide)", "else (None, 0 * wide)", "what comes through a pending norm is lost", PENDING),
-    Mutant("jaxlora/nn/products.py", "else (None, dx)", "else (None, 0 * dx)", "what comes through an MLP's norm is lost", PENDING),
+    Mutant(
+        "jaxlora/nn/products.py", "(None, Hollow(wide,", "(None, Hollow(0 * wide,", "what comes through a pending norm is lost", PENDING
+    ),
+    Mutant("jaxlora/nn/products.py", "(None, Hollow(dx,", "(None, Hollow(0 * dx,", "what comes through an MLP's norm is lost", PENDING),
     Mutant(
         "jaxlora/nn/linear.py",
-        "if keys and any(linear.lora_dropout for linear in linears):",
-        "if False:",
+        "return bool(keys) and any(linear.lora_dropout for linear in linears)",
+        "return False",
         "a pending norm's adapters do not drop",
         PENDING,
     ),
+    Mutant("jaxlora/nn/products.py", "return z, (scales, ", "return z, (scales, 0 * ", "a pending norm gets no update", PENDING),
+    Mutant("jaxlora/nn/pending.py", "(jnp.ones(len(dy)", "(jnp.zeros(len(dy)", "a pending norm's value is scaled", PENDING),
     Mutant("jaxlora/nn/offload.py", "first_of(layer - 1)", "first_of(layer)", "a block's backward begins with its successor's", STACK),
     Mutant("jaxlora/nn/offload.py", "put(dxs, layer, down)", "put(dxs, done, down)", "gradients in the order of the backward", STACK),
     Mutant("jaxlora/nn/vjp.py", "take(xs, i + zero)", "take(xs, zero)", "every block has the first one's weights", STACK),
