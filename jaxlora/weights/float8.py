@@ -11,6 +11,9 @@ from jaxlora.typing import Array, Float
 from jaxlora.weights.base import AbstractWeight, LowRank, contract_first, contract_last, scale_rows
 from pallas_kernels.float8_rows import LARGEST, float8_rows
 
+# A kernel that rounds rows keeps them in registers: rows of more columns are rounded apart, each weight's under scales of their own.
+_WIDEST = 32768
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,9 @@ class Float8(AbstractWeight):
         """None: it is never trained."""
 
     def above(self, others: Sequence[AbstractWeight]) -> "Float8 | None":
-        """One leaf of the joined weights, under the largest of their scales."""
+        """One leaf of the joined weights, under the largest of their scales; None where a gradient's rows would be too wide."""
+        if self.shape[0] + sum(other.shape[0] for other in others) > _WIDEST:
+            return None
         alike = [other for other in others if isinstance(other, Float8)]
         joined = self.base.above([other.base for other in alike]) if len(alike) == len(others) else None
         if joined is None:
