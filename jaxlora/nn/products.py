@@ -52,7 +52,7 @@ type Loras = tuple[LoRA | None, ...]
 # From here on, cuBLAS takes a few columns faster transposed (8192 x 14336 x 16 on an H100: 107 us and 156).
 _MANY_CONTRACTED = 8192
 # Below, as in generation, there is too little to read for a kernel to pay.
-MANY_ROWS = 2048
+_MANY_ROWS = 2048
 
 
 def makes_input(how: How, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
@@ -62,7 +62,7 @@ def makes_input(how: How, inputs: Sequence[Any], weights: Weights, loras: Loras)
     """
     act, rates, making = how
     (rows, width), ranks = inputs[0].shape, [lora.rank for lora in loras if lora is not None]
-    if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < MANY_ROWS:
+    if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < _MANY_ROWS:
         return False
     if not (one_product(width, sum(ranks)) and all(w.decoded for w in weights)):
         return False
@@ -76,7 +76,7 @@ def scaled_by_norm(function: Function, inputs: Sequence[Any], weights: Weights, 
     Of inputs, or of their shapes and dtypes.
     """
     x = inputs[0]
-    if x.shape[0] < MANY_ROWS or all(lora is None for lora in loras) or scaled_together(weights) is None:
+    if x.shape[0] < _MANY_ROWS or all(lora is None for lora in loras) or scaled_together(weights) is None:
         return False
     scales = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
     return NORM_GRADIENT.choose("auto", inputs, x, x, (scales, x), function=function) != "xla"
@@ -92,7 +92,7 @@ def identity(x: Array) -> Array:
 def _products(
     how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[tuple[Array, ...], dict[int, Array], Array | None]:
-    """The y_i, the columns u_i = A_i drop_i(x) of those with an adapter, and the statistics of a norm that a kernel made."""
+    """The y_i, the columns u_i = A_i drop_i(x) of those with an adapter, and the statistics of a norm whose gradient a kernel makes."""
     act, rates, _ = how
     if value is None and isinstance(act, Function) and makes_input(how, inputs, weights, loras):
         pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
@@ -140,6 +140,11 @@ def _sum_over_rows(act: Activation, inputs: Inputs, statistics: Array | None, x:
 def _marked(hollow: Hollow | None) -> Hollow | None:
     """Whether there is one, and one that is scaled, in the structure of what is saved: the zeros themselves are not to be kept."""
     return jax.tree.map(lambda _: (), hollow)
+
+
+def _is_scaled(hollow: Hollow | None) -> bool:
+    """Whether there is one, and the gradient that goes there is yet to be scaled."""
+    return hollow is not None and hollow.scaled is not None
 
 
 def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
@@ -190,15 +195,15 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    wide, scaled, du, dus, dbs = _plain_gradients(weights, loras, plain, dys, us, (making, hollow))
-    dx = wide[:, : x.shape[1]]
+    wide, du, dus, dbs = _plain_gradients(weights, loras, plain, dys, us, making=making, scaled=_is_scaled(hollow))
+    dx = wide.columns[:, : x.shape[1]]
     das = {} if du is None else dict(zip(plain, _split(_sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
     dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], dbs[i]) for i, lora in enumerate(loras))
-    dinputs, dhollow = (pull(dx), None) if hollow is None else (None, Hollow(wide, scaled))
+    dinputs, dhollow = (pull(dx), None) if hollow is None else (None, wide)
     return dinputs, dhollow, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
 
@@ -206,15 +211,14 @@ project_rows.defvjp(_project_fwd, _project_bwd)
 
 
 def _plain_gradients(
-    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array], how: tuple[bool, Hollow | None]
-) -> tuple[Array, tuple[Array, Array] | None, Array | None, dict[int, Array], dict[int, Array]]:
-    """(dx without the dropped adapters' parts, what it is yet to be scaled by, the du of the ``plain`` ones side by side, each adapter's du
-    where it was made alone, each adapter's dyᵀ u).
+    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array], *, making: bool, scaled: bool
+) -> tuple[Hollow, Array | None, dict[int, Array], dict[int, Array]]:
+    """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone, each
+    adapter's dyᵀ u).
 
-    dx has `spare_columns` behind its own, and is yet to be scaled where it goes to a `Hollow` that is. ``how`` is what
-    `jaxlora.nn.linear.making_inputs` says, and where dx goes.
+    dx has `spare_columns` behind its own and, where ``scaled`` asks for it, is yet to be scaled. ``making`` is what
+    `jaxlora.nn.linear.making_inputs` says.
     """
-    making, hollow = how
     dtype = dys[0].dtype
     bs = [b for b in _padded_b(loras, dtype) if b is not None]
     # Where blocks wait in host memory, XLA would begin to fetch the next one too late if fewer products were left to run.
@@ -222,20 +226,20 @@ def _plain_gradients(
         dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
         sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))
         starts, firsts = _starts(w.shape[0] for w in weights), _starts(lora.rank for lora in plain.values())
-        return dx, None, du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
+        return Hollow(dx, None), du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
     dbs = {i: outer(dys[i], us[i]) for i, lora in enumerate(loras) if lora is not None}
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
         dx, du = gradients_beside(dys, weights, bs, _stacked_a(plain, dtype))
-        return dx, None, du, {}, dbs
+        return Hollow(dx, None), du, {}, dbs
     dus = {i: _narrow_product(dys[i], _scaled(lora, dtype)) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
     update = None if du is None else (du, _stacked_a(plain, dtype))
-    apart = None if hollow is None or hollow.scaled is None or update is None else input_gradient_apart(weights, dys)
+    apart = input_gradient_apart(weights, dys) if scaled else None
     if apart is None or update is None:
-        return input_gradient(weights, dys, update), None, du, dus, dbs
+        return Hollow(input_gradient(weights, dys, update), None), du, dus, dbs
     z, scales = apart
-    return z, (scales, contract_first(*update)), du, dus, dbs
+    return Hollow(z, (scales, contract_first(*update))), du, dus, dbs
 
 
 def _narrow_product(dy: Array, b: Array) -> Array:
@@ -314,7 +318,8 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
         *dys, db, da = plain_gradients(e, bias, dh, us[0], du, activation=activation)
         dbs = [db]
     pairs = dict(enumerate(loras[:-1]))
-    dx, scaled, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), us, (making, hollow))
+    scaled = _is_scaled(hollow)
+    dx, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), us, making=making, scaled=scaled)
     assert both is not None
     x, pull = jax.vjp(into, *inputs)
     das = _split(_sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
@@ -323,7 +328,7 @@ def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tu
     act, wide = _activation(activation, ys, bias)
     dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, (*((x, each) for each in dys), (act(*wide), dy)), strict=True))
     dbias = None if bias is None else dys[0].astype(jnp.float32).sum(0, keepdims=True).astype(bias.dtype)
-    dinputs, dhollow = (pull(dx[:, : x.shape[1]]), None) if hollow is None else (None, Hollow(dx, scaled))
+    dinputs, dhollow = (pull(dx.columns[:, : x.shape[1]]), None) if hollow is None else (None, dx)
     return dinputs, dhollow, dbias, dweights, (*dloras, _pair_gradient(down, da, outer(dy, down_u)))
 
 

@@ -51,7 +51,7 @@ def in_one_pass(monkeypatch):
         if "lora_input" in names:
             for module in (base_module, products_module):
                 monkeypatch.setattr(module, "one_product", lambda width, columns: True)
-            monkeypatch.setattr(products_module, "MANY_ROWS", 1)
+            monkeypatch.setattr(products_module, "_MANY_ROWS", 1)
         return ran
 
     def forget():

@@ -33,9 +33,19 @@ LAYER_MUTANTS = [
         "tests/jaxlora/nn/test_linear.py",
     ),
     Mutant(
-        "jaxlora/nn/products.py", "(None, Hollow(wide,", "(None, Hollow(0 * wide,", "what comes through a pending norm is lost", PENDING
+        "jaxlora/nn/products.py",
+        "else (None, wide)",
+        "else (None, jax.tree.map(jnp.zeros_like, wide))",
+        "what comes through a pending norm is lost",
+        PENDING,
     ),
-    Mutant("jaxlora/nn/products.py", "(None, Hollow(dx,", "(None, Hollow(0 * dx,", "what comes through an MLP's norm is lost", PENDING),
+    Mutant(
+        "jaxlora/nn/products.py",
+        "else (None, dx)",
+        "else (None, jax.tree.map(jnp.zeros_like, dx))",
+        "what comes through an MLP's norm is lost",
+        PENDING,
+    ),
     Mutant(
         "jaxlora/nn/linear.py",
         "return bool(keys) and any(linear.lora_dropout for linear in linears)",
@@ -43,7 +53,7 @@ LAYER_MUTANTS = [
         "a pending norm's adapters do not drop",
         PENDING,
     ),
-    Mutant("jaxlora/nn/products.py", "return z, (scales, ", "return z, (scales, 0 * ", "a pending norm gets no update", PENDING),
+    Mutant("jaxlora/nn/products.py", "Hollow(z, (scales, ", "Hollow(z, (scales, 0 * ", "a pending norm gets no update", PENDING),
     Mutant("jaxlora/nn/pending.py", "(jnp.ones(len(dy)", "(jnp.zeros(len(dy)", "a pending norm's value is scaled", PENDING),
     Mutant("jaxlora/nn/offload.py", "first_of(layer - 1)", "first_of(layer)", "a block's backward begins with its successor's", STACK),
     Mutant("jaxlora/nn/offload.py", "put(dxs, layer, down)", "put(dxs, done, down)", "gradients in the order of the backward", STACK),
