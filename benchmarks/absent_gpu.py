@@ -88,7 +88,8 @@ def traffic(hlo: str, layers: int) -> dict[str, list[tuple[float, str, str]]]:
             # What is started and awaited moves beside the rest.
             if kind in _FREE or kind.endswith(("-start", "-done")):
                 continue
-            operands = [shapes.get(operand, "") for operand in re.findall(r"%([\w.\-]+)", rest.split("), ")[0])]
+            # An array that a kernel gets twice is read once.
+            operands = [shapes.get(operand, "") for operand in dict.fromkeys(re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))]
             target = re.search(r'custom_call_target="([^"]*)"', rest)
             # The workspace of a product is no traffic.
             moved = nbytes(shape.split(", s8[")[0], layers) + sum(nbytes(operand, layers) for operand in operands)
