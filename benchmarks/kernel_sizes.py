@@ -190,7 +190,7 @@ def _float8_rows(rows: int, columns: int) -> Size:
 
 def _float8_transposed(shape: tuple[int, int]) -> Size:
     def case(key: Any) -> Case:
-        return Case(arrays={"weight": _packed(key, shape), "scale": jnp.float32(shape[1] ** -0.5 / 64)}, static={}, wrt=())
+        return Case(arrays={"weights": [_packed(key, shape)], "scale": jnp.float32(shape[1] ** -0.5 / 64)}, static={}, wrt=())
 
     flops = 2.0 * math.prod(shape)
     return Size(case=case, flops=(flops, flops))

@@ -21,22 +21,32 @@ class Packed:
 
     With I' = ``width`` rounded up to 64: ``codes`` is uint8 [O, I'/2], byte k holds columns 2k (low nibble) and 2k + 1; ``scales`` is bf16
     or fp32 [O, I'/64]. A code is the number itself (-8…7, int4) or, with a fp32 ``code_book`` of 16, the place of its value (NF4).
+
+    With a ``layer``, int32 [], ``codes`` is a whole stack [layers, O, I'/2], of which that layer's are meant: `float8_transposed` takes
+    such a weight as it is, for everything else it stands ``alone``.
     """
 
     codes: Any
     scales: Any
     code_book: Any
     width: int = dataclasses.field(metadata={"static": True})
+    layer: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I), padding excluded."""
-        return self.codes.shape[0], self.width
+        return self.codes.shape[-2], self.width
 
     @property
     def format(self) -> str:
         """The name that kernels know it by."""
         return "int4" if self.code_book is None else "nf4"
+
+    def alone(self) -> "Packed":
+        """With its own codes and no others."""
+        if self.layer is None:
+            return self
+        return dataclasses.replace(self, codes=jax.lax.dynamic_index_in_dim(self.codes, self.layer, keepdims=False), layer=None)
 
     def columns(self) -> tuple[Float[Array, "O half"], Float[Array, "O half"]]:
         """The even and the odd columns in fp32, padding included."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxlora.nn import host
 from jaxlora.nn.vjp import Wanted, hoisted, is_zero, linearise, put, scan_with_kernels, shapes_of_one, take, unknown_zero, values
 from jaxlora.typing import Array
-from jaxlora.weights.base import AbstractWeight
+from jaxlora.weights.base import is_weight
 
 type Block = Callable[..., tuple[Array, None]]
 
@@ -77,7 +77,7 @@ def _kept(block: Block, x: Array, xs: Any, const: Any, wanted: tuple[Wanted, Wan
     layers, one = len(jax.tree.leaves(xs)[0]), shapes_of_one(xs)
     saved = jax.eval_shape(lambda x, own: linearise(block, x, own, const, wanted, ATTENTION.how(), keep=True)[1], x, one)
     nbytes = x.nbytes + sum(a.size * a.dtype.itemsize for a in saved)
-    weights = [w for w in jax.tree.leaves(xs, is_leaf=lambda leaf: isinstance(leaf, AbstractWeight)) if isinstance(w, AbstractWeight)]
+    weights = [w for w in jax.tree.leaves(xs, is_leaf=is_weight) if is_weight(w)]
     # In e4m3 two multiplications take the time of one.
     flop = x.size // x.shape[-1] * sum((2 if w.decoded else 1) * math.prod(w.shape) for w in weights)
     fits = layers * nbytes <= host.room_bytes()

@@ -29,7 +29,6 @@ from jaxlora.weights.base import (
     one_product,
     outer,
     product_beside,
-    scaled_together,
 )
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.adapted_gated import adapted_gated
@@ -76,7 +75,7 @@ def scaled_by_norm(function: Function, inputs: Sequence[Any], weights: Weights, 
     Of inputs, or of their shapes and dtypes.
     """
     x = inputs[0]
-    if x.shape[0] < _MANY_ROWS or all(lora is None for lora in loras) or scaled_together(weights) is None:
+    if x.shape[0] < _MANY_ROWS or all(lora is None for lora in loras) or not weights[0].joins(weights[1:]):
         return False
     scales = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
     return NORM_GRADIENT.choose("auto", inputs, x, x, (scales, x), function=function) != "xla"

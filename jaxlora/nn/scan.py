@@ -26,6 +26,11 @@ _SMALL = 4 << 20
 _COLUMNS = jax.checkpoint_policies.save_only_these_names("lora_u")
 
 
+def _waits(stacked: Array) -> bool:
+    """Whether what is made of a layer's part takes memory: of a large array or, by way of the layer's number, of a stack."""
+    return stacked.nbytes > stacked.shape[0] * _SMALL or (stacked.ndim == 1 and jnp.issubdtype(stacked.dtype, jnp.integer))
+
+
 @dataclasses.dataclass(frozen=True)
 class Scan:
     """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
@@ -134,7 +139,7 @@ class _Plan:
         looped = self.unroll < self.run.repeats or self.run.repeats == 1
         # Unknown to XLA: with the number in them, no two layers would have a kernel in common. In a loop it would fail to work it out.
         (ahead,) = (turn,) if self.plain or looped else _in_turn(i)
-        return jax.tree.map(lambda a: take(a, ahead if a.nbytes <= a.shape[0] * _SMALL else turn), stacked)
+        return jax.tree.map(lambda a: take(a, turn if _waits(a) else ahead), stacked)
 
     def empty_outs(self, x: Array, owns: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
         """Room for what the layers of each kind return."""

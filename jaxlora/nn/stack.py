@@ -22,6 +22,7 @@ from jaxlora.nn.offload import scan_offloaded
 from jaxlora.nn.scan import Block, Run, Scan, scan_periods
 from jaxlora.select import expand, layers_of
 from jaxlora.typing import Array, PRNGKeyArray
+from jaxlora.weights.base import AbstractWeight, is_weight
 
 log = logging.getLogger(__name__)
 
@@ -111,18 +112,20 @@ class Stack(nnx.Module):
     def _run(self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], scan: Scan) -> tuple[Array, Any, list[Any]]:
         """(x, the inputs of the ``wanted`` layers on a first axis, what the layers of each kind returned)."""
         splits = [nnx.split(getattr(self, key)) for key in run.keys]
-        owns = [(state, _of_layers(per_layer, key)) for (_, state), key in zip(splits, run.keys, strict=True)]
+        stacks = [_each_weight(lambda stack: stack.numbered(), state) for _, state in splits]
+        owns = [(stack, _of_layers(per_layer, key)) for stack, key in zip(stacks, run.keys, strict=True)]
 
-        def of_kind(graphdef: Any) -> Block:
+        def of_kind(graphdef: Any, stack: Any) -> Block:
             def block(x: Array, own: Any) -> tuple[Array, Any]:
                 state, extra = own
+                state = _each_weight(lambda one, stacked: one.within(stacked), state, stack)
                 with making_inputs(scan.remat is not None):
                     x, out = nnx.merge(graphdef, state)(x, shared, extra)
                 return x, None if scan.offload else out
 
             return block
 
-        blocks = [of_kind(graphdef) for graphdef, _ in splits]
+        blocks = [of_kind(graphdef, stack) for (graphdef, _), stack in zip(splits, stacks, strict=True)]
         # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
         slots = jnp.array([(*wanted, i).index(i) for i in range(run.start, run.stop)]) if wanted else None
         states = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
@@ -325,6 +328,11 @@ def _of_layers(per_layer: Any, key: str) -> Any:
     starts, stop, step = key.split(":")
     at = np.array(layers_of(key)) if "," in starts else slice(int(starts), int(stop), int(step))
     return jax.tree.map(lambda a: a[at], per_layer)
+
+
+def _each_weight(function: Callable[..., AbstractWeight], *trees: Any) -> Any:
+    """The first tree, with function(weight, the weights in its place in the other trees) for its weights."""
+    return jax.tree.map(lambda *at: function(*at) if is_weight(at[0]) else at[0], *trees, is_leaf=is_weight)
 
 
 def _in_layer_order(outs: list[tuple[list[int], Any]]) -> Any:

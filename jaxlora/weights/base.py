@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.typing import Array, Float, UInt32
+from jaxlora.typing import Array, Float, UInt8, UInt32
 from pallas_kernels.float8_rows import E4M3
 from pallas_kernels.packed import Weight, pair, pair_columns, unpair
 
@@ -53,13 +53,17 @@ class AbstractWeight(abc.ABC):
     def largest(self) -> Float[Array, "*layers"]:
         """A bound of the magnitudes of the weight (of each layer, in a stack), in fp32: reached, or nearly so."""
 
-    def float8(self, scale: Float[Array, ""], *, transpose: bool = False) -> Float[Array, "rows columns"]:
-        """e4m3(w / scale), rounded once, [O, I'] or transposed [I', O], with zeros where storage pads I to I'."""
-        w = (self.dequantise().astype(jnp.float32) / scale).astype(E4M3)
-        return w.T if transpose else w
+    def float8(self, scale: Float[Array, ""]) -> Float[Array, "O columns"]:
+        """e4m3(w / scale), rounded once, [O, I'], with zeros where storage pads I to I'."""
+        return (self.dequantise().astype(jnp.float32) / scale).astype(E4M3)
 
     def packed(self) -> Weight | None:
         """The weight as kernels take it; None where none takes it."""
+        return None
+
+    @property
+    def code_rows(self) -> UInt8[Array, "*layers O half"] | None:
+        """The codes that ``packed`` has, of a whole stack too; None where it has none."""
         return None
 
     def words(self) -> UInt32[Array, "O half"] | None:
@@ -69,6 +73,18 @@ class AbstractWeight(abc.ABC):
     def above(self, others: Sequence["AbstractWeight"]) -> "AbstractWeight | None":
         """One leaf that stores this weight and, below it, the others; None where the format cannot say that."""
         return None
+
+    def numbered(self) -> "AbstractWeight":
+        """This stack, with whatever its layers need to find themselves in it."""
+        return self
+
+    def within(self, stack: "AbstractWeight") -> "AbstractWeight":
+        """This layer of a ``numbered`` stack, with whatever its products would rather find there."""
+        return self
+
+    def joins(self, others: Sequence["AbstractWeight"]) -> bool:
+        """Whether ``matmul_t_apart`` has one product of this weight and the others."""
+        return False
 
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ, plus u @ bᵀ where an update (u [N, R], b [O, R]) is given; in x's dtype. A format may fuse the two."""
@@ -90,14 +106,21 @@ class AbstractWeight(abc.ABC):
         """(z, s) of x @ Wᵀ = s ∘ z, s being fp32 scales of the rows; None where products come without any."""
         return None
 
-    def matmul_t_apart(self, dys: Sequence[Float[Array, "N _"]]) -> tuple[Float[Array, "N I"], Float[Array, " N"]] | None:
-        """(z, s) of dy @ W = s ∘ z, as of ``matmul_apart``, for a dy that is yet in parts, side by side."""
+    def matmul_t_apart(
+        self, dys: Sequence[Float[Array, "N _"]], others: Sequence["AbstractWeight"] = ()
+    ) -> tuple[Float[Array, "N I"], Float[Array, " N"]] | None:
+        """(z, s) of Σ dy_i @ W_i = s ∘ z, as of ``matmul_apart``, for this weight and ``others`` that it joins."""
         return None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored arrays, stacked axis included."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether this is a weight, which is a leaf of a model and a tree of arrays."""
+    return isinstance(leaf, AbstractWeight)
 
 
 def join(weights: Sequence[AbstractWeight], width: int, columns: int) -> bool:
@@ -135,15 +158,7 @@ def input_gradient_apart(
     weights: Sequence[AbstractWeight], dys: Sequence[Float[Array, "N _"]]
 ) -> tuple[Float[Array, "N I"], Float[Array, " N"]] | None:
     """(z, s) of Σ dy_i @ W_i = s ∘ z, s being fp32 scales of the rows; None where it is no one product with any."""
-    joined = scaled_together(weights)
-    return None if joined is None else joined.matmul_t_apart(dys)
-
-
-def scaled_together(weights: Sequence[AbstractWeight]) -> AbstractWeight | None:
-    """One leaf of weights whose products come with scales of the rows; None where there is no such leaf."""
-    if any(w.decoded for w in weights):
-        return None
-    return weights[0].above(weights[1:]) if len(weights) > 1 else weights[0]
+    return weights[0].matmul_t_apart(dys, weights[1:]) if weights[0].joins(weights[1:]) else None
 
 
 def scale_rows(z: Float[Array, "N C"], scales: Float[Array, " N"], added: Float[Array, "N C"] | None = None) -> Float[Array, "N C"]:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import AbstractWeight, LowRank, contract_first, contract_last, scale_rows
 from pallas_kernels.float8_rows import LARGEST, float8_rows
+from pallas_kernels.float8_transposed import float8_transposed
+from pallas_kernels.packed import Packed
 
 # A kernel that rounds rows keeps them in registers: rows of more columns are rounded apart, each weight's under scales of their own.
 _WIDEST = 32768
@@ -27,11 +29,14 @@ class Float8(AbstractWeight):
     is added in fp32 to a product that is scaled already: cuBLAS would add it to a rounded one, where half a unit in the last place of bf16
     hides it.
 
-    Both products contract the last axis of both operands, for which the input gradient decodes the weight transposed.
+    Both products contract the last axis of both operands, for which the input gradient decodes the weight transposed. The kernel that does
+    so finds the codes of layer ``layer``, int32 [], in ``stack``, those of all layers, so that no copy is made of them for it.
     """
 
     base: Any
     scale: Any
+    layer: Any = None
+    stack: Any = None
 
     @classmethod
     def of(cls, base: AbstractWeight) -> "Float8":
@@ -71,15 +76,22 @@ class Float8(AbstractWeight):
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: it is never trained."""
 
-    def above(self, others: Sequence[AbstractWeight]) -> "Float8 | None":
-        """One leaf of the joined weights, under the largest of their scales; None where a gradient's rows would be too wide."""
-        if self.shape[0] + sum(other.shape[0] for other in others) > _WIDEST:
-            return None
-        alike = [other for other in others if isinstance(other, Float8)]
-        joined = self.base.above([other.base for other in alike]) if len(alike) == len(others) else None
-        if joined is None:
-            return None
-        return Float8(joined, jnp.stack([self.scale, *(other.scale for other in alike)]).max())
+    def numbered(self) -> "Float8":
+        """Each with its layer's number, where the codes are those of a stack."""
+        if self.scale.ndim == 0 or self.base.code_rows is None:
+            return self
+        return dataclasses.replace(self, layer=jnp.arange(len(self.scale), dtype=jnp.int32))
+
+    def within(self, stack: AbstractWeight) -> "Float8":
+        """With the codes of all layers."""
+        assert isinstance(stack, Float8)
+        return self if self.layer is None else dataclasses.replace(self, stack=stack.base.code_rows)
+
+    def joins(self, others: Sequence[AbstractWeight]) -> bool:
+        """Alone, and with weights of codes of one format, unless a gradient's rows would be too wide."""
+        weights = [w for w in (self, *others) if isinstance(w, Float8) and w.base.code_rows is not None]
+        alike = len(weights) == len(others) + 1 and len({(type(w.base), w.shape[1]) for w in weights}) == 1
+        return not others or (alike and sum(w.shape[0] for w in weights) <= _WIDEST)
 
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ (+ u @ bᵀ)."""
@@ -87,24 +99,47 @@ class Float8(AbstractWeight):
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W (+ u @ a)."""
-        return scale_rows(*self.matmul_t_apart((dy,)), None if update is None else contract_first(*update))
+        return scale_rows(*self.matmul_t_apart([dy]), None if update is None else contract_first(*update))
 
     def matmul_apart(self, x: Float[Array, "N I"]) -> tuple[Float[Array, "N O"], Float[Array, " N"]]:
         """x₈ W₈ᵀ and scale · s, by which its rows are multiplied."""
         w = self.base.float8(self.scale)
-        return self._product((jnp.pad(x, ((0, 0), (0, w.shape[1] - x.shape[1]))),), w)
+        return self._product([jnp.pad(x, ((0, 0), (0, w.shape[1] - x.shape[1])))], w, self.scale)
 
-    def matmul_t_apart(self, dys: Sequence[Float[Array, "N _"]]) -> tuple[Float[Array, "N I"], Float[Array, " N"]]:
-        """dy₈ W₈ and scale · s, by which its rows are multiplied."""
+    def matmul_t_apart(
+        self, dys: Sequence[Float[Array, "N _"]], others: Sequence[AbstractWeight] = ()
+    ) -> tuple[Float[Array, "N I"], Float[Array, " N"]]:
+        """dy₈ W₈ and scale · s, by which its rows are multiplied; the largest of the weights' scales is that of all of them."""
+        weights = [self, *(w for w in others if isinstance(w, Float8))]
+        scale = jnp.stack([w.scale for w in weights]).max()
         # The barrier: XLA would otherwise write the gradients that it fuses with in fp32, and read them again for their largest.
         dys = jax.lax.optimization_barrier(tuple(dys))
-        z, scales = self._product(dys, self.base.float8(self.scale, transpose=True))
+        z, scales = self._product(dys, _transposed(weights, scale), scale)
         return z[:, : self.shape[1]], scales
 
-    def _product(self, parts: Sequence[Float[Array, "N _"]], w: Float[Array, "F C"]) -> tuple[Float[Array, "N F"], Float[Array, " N"]]:
+    @staticmethod
+    def _product(
+        parts: Sequence[Float[Array, "N _"]], w: Float[Array, "F C"], scale: Float[Array, ""]
+    ) -> tuple[Float[Array, "N F"], Float[Array, " N"]]:
         """(x₈ wᵀ, scale · s) of the rows x of all parts."""
         rounded, scales = float8_rows(parts[0], parts[1:])
         # The barrier: XLA would otherwise convert back and multiply in bf16.
         rounded, w = jax.lax.optimization_barrier((rounded, w))
         raw = jax.lax.dot_general(rounded, w, (((1,), (1,)), ((), ())), preferred_element_type=parts[0].dtype)
-        return raw, scales * self.scale
+        return raw, scales * scale
+
+    def _packed(self) -> Packed | None:
+        """The codes, in their stack where that is known; None where there are none."""
+        if self.base.code_rows is None:
+            return None
+        packed = self.base.packed()
+        return packed if self.stack is None else dataclasses.replace(packed, codes=self.stack, layer=self.layer)
+
+
+def _transposed(weights: Sequence[Float8], scale: Float[Array, ""]) -> Float[Array, "columns O"]:
+    """e4m3(w / scale)ᵀ of the weights on top of each other."""
+    packed = [part for w in weights if (part := w._packed()) is not None]
+    if packed:
+        return float8_transposed(packed, scale)
+    (alone,) = weights
+    return alone.base.float8(scale).T

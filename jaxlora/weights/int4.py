@@ -11,7 +11,6 @@ from jaxlora.typing import Array, Float, Int, UInt8, UInt32
 from jaxlora.weights.base import AbstractWeight, LowRank, abstract
 from jaxlora.weights.dense import Dense
 from pallas_kernels.float8_rows import E4M3
-from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.packed import GROUP, Packed, interleave, pair
 
 
@@ -80,12 +79,17 @@ class Int4(AbstractWeight):
         """8 · max|scale|: code -8 may occur."""
         return 8 * jnp.max(jnp.abs(self.scales), axis=(-2, -1)).astype(jnp.float32)
 
-    def float8(self, scale: Float[Array, ""], *, transpose: bool = False) -> Float[Array, "rows columns"]:
+    def float8(self, scale: Float[Array, ""]) -> Float[Array, "O columns"]:
         """From the codes."""
-        return float8_transposed(self.packed(), scale) if transpose else self.packed().over(scale, E4M3)
+        return self.packed().over(scale, E4M3)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""
+
+    @property
+    def code_rows(self) -> UInt8[Array, "*layers O half"]:
+        """All codes."""
+        return self.codes
 
     def words(self) -> UInt32[Array, "O half"] | None:
         """Two bf16 columns a word, where no padding is to be cut off."""

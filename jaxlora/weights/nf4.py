@@ -10,7 +10,6 @@ from conversion.formats import bnb
 from jaxlora.typing import Array, Float, UInt8, UInt32
 from jaxlora.weights.base import AbstractWeight, abstract
 from pallas_kernels.float8_rows import E4M3
-from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.packed import Packed, interleave, pair, repeat_each
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -129,14 +128,17 @@ class NF4(AbstractWeight):
             return jax.vmap(lambda leaf: leaf.largest())(self)
         return jnp.max(jnp.abs(self.code_book)) * jnp.max(jnp.abs(self._scales()))
 
-    def float8(self, scale: Float[Array, ""], *, transpose: bool = False) -> Float[Array, "rows columns"]:
+    def float8(self, scale: Float[Array, ""]) -> Float[Array, "O columns"]:
         """From the codes where blocks end at row ends."""
-        if not self.in_rows:
-            return super().float8(scale, transpose=transpose)
-        return float8_transposed(self._in_rows(), scale) if transpose else self._in_rows().over(scale, E4M3)
+        return self._in_rows().over(scale, E4M3) if self.in_rows else super().float8(scale)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""
+
+    @property
+    def code_rows(self) -> UInt8[Array, "*layers O half"] | None:
+        """All codes, where blocks end at row ends."""
+        return self.codes if self.in_rows else None
 
     def words(self) -> UInt32[Array, "O half"] | None:
         """Two bf16 columns a word, where blocks end at row ends."""

@@ -1,4 +1,4 @@
-"""A 4-bit weight as e4m3 numbers, transposed."""
+"""4-bit weights as e4m3 numbers, transposed."""
 
 from pallas_kernels.float8_transposed.front import KERNEL, float8_transposed, reference
 

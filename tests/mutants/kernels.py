@@ -16,9 +16,7 @@ KERNEL_MUTANTS = [
     Mutant(
         "pallas_kernels/packed.py", "(nibbles ^ 8).astype(jnp.int8) - 8", "nibbles.astype(jnp.int8)", "codes without their sign", FLOAT8
     ),
-    Mutant(
-        "jaxlora/weights/float8.py", "return raw, scales * self.scale", "return raw, scales", "a product without the weight's scale", FLOAT8
-    ),
+    Mutant("jaxlora/weights/float8.py", "return raw, scales * scale", "return raw, scales", "a product without the weight's scale", FLOAT8),
     Mutant("pallas_kernels/float8_rows/xla.py", "axis=1).astype", "axis=1).max().astype", "one scale for all rows", REFERENCE),
     Mutant("pallas_kernels/packed.py", "for shift in (0, 4)", "for shift in (4, 0)", "odd columns before even ones", FLOAT8),
     Mutant(
@@ -50,7 +48,10 @@ KERNEL_MUTANTS = [
         FLOAT8,
     ),
     Mutant("pallas_kernels/norm_gradient/xla.py", "scales[:, None] + added", "scales[:, None]", "an update passes no norm", REFERENCE),
-    Mutant("jaxlora/weights/float8.py", "for other in alike)]).max()", "for other in alike)]).min()", "joined weights overflow", FLOAT8),
+    Mutant("jaxlora/weights/float8.py", "for w in weights]).max()", "for w in weights]).min()", "joined weights overflow", FLOAT8),
+    Mutant(
+        "jaxlora/weights/float8.py", "jnp.arange(len(self.scale),", "jnp.zeros(len(self.scale),", "the first layer's codes for all", FLOAT8
+    ),
     Mutant(
         "pallas_kernels/int4_matmul/front.py",
         "transpose=not transpose, backend=backend if",

@@ -1,8 +1,8 @@
 """Runs the Triton kernels of pallas_kernels in Triton's interpreter, on a CPU: ``run_triton.py CALLS.npz RESULTS.npz``.
 
 CALLS.npz has, for each call, ``<call>/<argument>`` in the order of the kernel's arguments and ``<call>`` itself: a JSON of the kernel's
-name, its constants, the numbers of arguments and of programs and the shapes of its outputs, which start as NaN so that what is not
-written shows.
+name, its constants, the numbers of arguments and of programs and the shapes of its outputs and whether they are words, which start as
+NaN (each of a word's four e4m3 numbers) so that what is not written shows.
 """
 
 import importlib
@@ -17,6 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
+WORD = torch.int32
 MODULES = ("triton_code", "float8_triton_code")
 
 
@@ -34,7 +35,9 @@ def main(calls: str, results: str) -> None:
             call = json.loads(str(file[name]))
             given = [file[f"{name}/{i}"] for i in range(call["arguments"])]
             arguments = [torch.from_numpy(value.copy()) if value.ndim else value.item() for value in given]
-            outputs = [torch.full(shape, float("nan")) for shape in call["outputs"]]
+            outputs = [
+                torch.full(shape, -1, dtype=torch.int32) if words else torch.full(shape, float("nan")) for shape, words in call["outputs"]
+            ]
             code[call["kernel"]][(call["programs"],)](*arguments, *outputs, **call["constants"])
             made |= {f"{name}/{i}": out.numpy() for i, out in enumerate(outputs)}
     np.savez(results, **made)

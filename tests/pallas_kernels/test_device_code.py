@@ -7,6 +7,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ from pallas_kernels.int4_matmul import triton as product_backend
 from pallas_kernels.lora_input import triton as input_backend
 from pallas_kernels.lora_swiglu import triton as gated_backend
 from pallas_kernels.norm_gradient import triton as norm_backend
+from pallas_kernels.packed import reference_decode
 from pallas_kernels.plain_gradients import triton as plain_backend
 from tests.jaxlora.reference import run_oracle
 from tests.pallas_kernels import h200
@@ -115,7 +117,7 @@ def recorded(name, case, calls):
 
     calls(record)
     constants = {k: v for k, v in launched["constants"].items() if k not in ("num_warps", "num_stages")}
-    outputs = [shape.shape for shape in launched["outputs"]]
+    outputs = [(like.shape, like.dtype == jnp.uint32) for like in launched["outputs"]]
     call = {"kernel": launched["kernel"], "constants": constants, "programs": launched["programs"], "outputs": outputs}
     arguments = [np.asarray(a.astype(jnp.float32) if getattr(a, "dtype", None) == jnp.bfloat16 else a) for a in launched["arguments"]]
     return {name: json.dumps({**call, "arguments": len(arguments)}), **{f"{name}/{i}": a for i, a in enumerate(arguments)}}
@@ -142,7 +144,8 @@ def assert_near(kernel, ours, value, name):
 
 @pytest.mark.oracle
 def test_triton_kernels_compute_what_the_references_do(monkeypatch, tmp_path):
-    for name, kernel, case, outputs in interpreted([n for n in TRITON if n != "lora_input"], monkeypatch, tmp_path):
+    names = [name for name in TRITON if name not in ("lora_input", "float8_transposed")]
+    for name, kernel, case, outputs in interpreted(names, monkeypatch, tmp_path):
         expected = jax.tree.leaves(kernel.reference(**case.arrays, **case.static))
         # A kernel may have more outputs, for calls that ask for them.
         for i, (ours, value) in enumerate(zip(outputs, expected, strict=False)):
@@ -165,6 +168,19 @@ def test_triton_leaves_room_for_the_columns_of_what_it_makes(monkeypatch, tmp_pa
         else:
             assert not outputs[0][:, width:].any(), "a product takes them for zeros"
             assert_near(kernel, outputs[1], statistics, name)
+
+
+@pytest.mark.oracle
+def test_triton_turns_weights_around(monkeypatch, tmp_path):
+    for name, kernel, case, (words,) in interpreted(["float8_transposed"], monkeypatch, tmp_path):
+        weights, scale = case.arrays["weights"], case.arrays["scale"]
+        exact = jnp.concatenate([reference_decode(weight.alone(), jnp.float32) for weight in weights]).T / scale
+        ours, value = (np.asarray(a, np.float32) for a in (words.view(ml_dtypes.float8_e4m3fn), kernel.reference(**case.arrays)))
+        assert not ours[len(exact) :].any(), name
+        # The interpreter rounds up what is halfway, and loses the carry of what is rounded to a power of two.
+        near, nearest = (np.abs(a[: len(exact)] - exact) for a in (ours, value))
+        carried = np.frexp(value[: len(exact)])[1] != np.frexp(exact)[1]
+        assert (carried | (near <= nearest + 1e-5 * np.abs(exact))).all() and carried.mean() < 0.05, name
 
 
 def launch(kernel, case, monkeypatch, record):
