@@ -10,6 +10,7 @@ STACK = "tests/jaxlora/nn/test_stack.py"
 TILES = "tests/jaxlora/nn/test_mlp.py"
 
 LAYER_MUTANTS = [
+    Mutant("jaxlora/nn/stack.py", "one.within(stacked)", "one", "a layer does not know its stack", "tests/jaxlora/api/test_float8.py"),
     Mutant(
         "pallas_kernels/functions.py",
         "jnp.mean(g * x32, axis",

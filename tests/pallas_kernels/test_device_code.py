@@ -14,6 +14,7 @@ import pytest
 from pallas_kernels import KERNELS, _triton
 from pallas_kernels.adapted_gated import triton as adapted_backend
 from pallas_kernels.float8_rows import triton as rows_backend
+from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.float8_transposed import triton as turned_backend
 from pallas_kernels.gated_gradients import triton as gradients_backend
 from pallas_kernels.int4_matmul import int4_matmul
@@ -82,6 +83,19 @@ def test_mosaic_says_why_it_cannot_run(arrays, reason):
     case = KERNELS["int4_matmul"].cases["one_row"].func(made.pop("dtype", jnp.bfloat16), **made)
     with h200.pretended(), pytest.raises(NotImplementedError, match=reason):
         int4_matmul(**case.arrays, backend="mosaic")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"rows": (68, 70)}, "writes the rows of a weight in fours, got 68, 70"),
+        ({"rows": (64,) * 4}, "takes up to 3 weights of one format, .* got 4"),
+    ],
+)
+def test_triton_says_which_weights_it_cannot_turn(given, reason):
+    case = KERNELS["float8_transposed"].cases["int4"].func(jnp.bfloat16, **{"width": 64, "form": "int4", **given})
+    with h200.pretended(), pytest.raises(NotImplementedError, match=reason):
+        float8_transposed(**case.arrays, backend="triton")
 
 
 def test_triton_says_what_is_missing(monkeypatch):

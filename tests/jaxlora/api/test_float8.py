@@ -9,14 +9,16 @@ from jaxlora.weights.base import AbstractWeight
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.float8 import Float8
 from jaxlora.weights.int4 import Int4
+from pallas_kernels.float8_transposed import float8_transposed
 from tests.tolerances import FLOAT8_LOSS
 
 ROWS = [{"messages": [{"role": "user", "content": f"{n} and {n}?"}, {"role": "assistant", "content": f"{2 * n}"}]} for n in range(8)]
 
 
-def trained(folder, where, **options):
+def trained(folder, where, *, use_gradient_checkpointing=False, **options):
     """(model, losses) of six steps."""
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), dtype="float32", use_gradient_checkpointing=False, **options)
+    options |= {"dtype": "float32", "use_gradient_checkpointing": use_gradient_checkpointing}
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **options)
     model = FastLanguageModel.get_peft_model(model, r=4)
     args = SFTConfig(output_dir=str(where), per_device_train_batch_size=4, max_steps=6, learning_rate=1e-2, save_strategy="no")
     trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=ROWS, args=args)
@@ -42,6 +44,21 @@ def test_the_stored_weights_stay_int4(in_float8):
     assert {type(leaf) for leaf in weights} == {Float8, Dense} and {type(leaf.base) for leaf in weights if isinstance(leaf, Float8)} == {
         Int4
     }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "unsloth", "dots"])
+def test_input_gradients_find_their_codes_in_the_stack(llama_folder, tmp_path, monkeypatch, checkpointing):
+    found = []
+
+    def recorded(weights, scale):
+        found.extend(weights)
+        return float8_transposed(weights, scale)
+
+    monkeypatch.setattr("jaxlora.weights.float8.float8_transposed", recorded)
+    # What is jitted for the same shapes in another test is not traced again.
+    jax.clear_caches()
+    trained(llama_folder, tmp_path, compute_dtype="float8", use_gradient_checkpointing=checkpointing)
+    assert found and all(weight.layer is not None and weight.codes.ndim == 3 for weight in found)
 
 
 def test_what_is_merged_is_the_weight_without_its_rounding(in_float8, tmp_path):
