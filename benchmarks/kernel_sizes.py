@@ -167,16 +167,21 @@ def _norm_gradient(rows: int, columns: int, more: int, function: Function) -> Si
     return Size(case=case, flops=(flops, flops))
 
 
-def _adapted_gated(rows: int, columns: int, rank: int) -> Size:
+def _adapted_activation(rows: int, columns: int, rank: int, function: Function) -> Size:
+    wide, biases = function.inputs
+
     def case(key: Any) -> Case:
         shapes = {"products": (rows, columns), "us": (rows, rank), "bs": (columns, rank)}
-        *pairs, last = jax.random.split(key, 2 * len(shapes) + 1)
-        drawn = [jax.random.normal(k, shape, DTYPE) for k, shape in zip(pairs, [s for s in shapes.values() for _ in range(2)], strict=True)]
-        arrays: dict[str, Any] = {name: tuple(drawn[2 * i : 2 * i + 2]) for i, name in enumerate(shapes)}
-        half = jnp.full(rows, 0.5, jnp.float32)
-        return Case(arrays={**arrays, "scales": (half, half), "a": jax.random.normal(last, (rank, columns), DTYPE)}, static={}, wrt=())
+        *keys, last, row = jax.random.split(key, wide * len(shapes) + 2)
+        drawn = [
+            jax.random.normal(k, shape, DTYPE) for k, shape in zip(keys, [s for s in shapes.values() for _ in range(wide)], strict=True)
+        ]
+        arrays: dict[str, Any] = {name: tuple(drawn[wide * i : wide * (i + 1)]) for i, name in enumerate(shapes)}
+        arrays |= {"scales": (jnp.full(rows, 0.5, jnp.float32),) * wide, "a": jax.random.normal(last, (rank, columns), DTYPE)}
+        arrays |= {"bias": jax.random.normal(row, (1, columns), DTYPE)} if biases else {}
+        return Case(arrays=arrays, static={"function": function}, wrt=())
 
-    flops = 6.0 * rows * columns * rank
+    flops = 2.0 * (wide + 1) * rows * columns * rank
     return Size(case=case, flops=(flops, flops))
 
 
@@ -234,8 +239,9 @@ SIZES: Mapping[str, Mapping[str, Size]] = {
         "rms_norm, 8192 x 4096": _norm_gradient(8192, 4096, 32, _RMS),
         "layer_norm, 16384 x 1280": _norm_gradient(16384, 1280, 16, _LAYER),
     },
-    "adapted_gated": {
-        "8192 x 14336, r 16": _adapted_gated(8192, 14336, 16),
+    "adapted_activation": {
+        "silu, 8192 x 14336, r 16": _adapted_activation(8192, 14336, 16, Function("gated", "silu")),
+        "quick_gelu, 16384 x 5120, r 16": _adapted_activation(16384, 5120, 16, Function("plain", "quick_gelu")),
     },
     "float8_rows": {
         "8192 x 4096": _float8_rows(8192, 4096),

@@ -1,8 +1,8 @@
 """Kernels: arrays in, arrays out."""
 
 from pallas_kernels._kernel import Case, Kernel, device
-from pallas_kernels.adapted_gated import KERNEL as _ADAPTED_GATED
-from pallas_kernels.adapted_gated import adapted_gated
+from pallas_kernels.adapted_activation import KERNEL as _ADAPTED_ACTIVATION
+from pallas_kernels.adapted_activation import adapted_activation
 from pallas_kernels.attention import KERNEL as _ATTENTION
 from pallas_kernels.attention import attention, check_cudnn_packing
 from pallas_kernels.float8_rows import KERNEL as _FLOAT8_ROWS
@@ -28,7 +28,7 @@ from pallas_kernels.plain_gradients import plain_gradients
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        _ADAPTED_GATED,
+        _ADAPTED_ACTIVATION,
         _ATTENTION,
         _FLOAT8_ROWS,
         _FLOAT8_TRANSPOSED,
@@ -47,7 +47,7 @@ __all__ = [
     "Case",
     "Kernel",
     "Packed",
-    "adapted_gated",
+    "adapted_activation",
     "attention",
     "check_cudnn_packing",
     "device",

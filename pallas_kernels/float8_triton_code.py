@@ -3,7 +3,7 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from pallas_kernels.triton_code import activate, rank_columns, transposed_columns, weight_tile
+from pallas_kernels.triton_code import activate, adapted_tile, rank_columns, row_scales, transposed_columns, weight_tile
 
 
 @triton.jit
@@ -53,35 +53,34 @@ def float8_rows(
 
 
 @triton.jit
-def adapted_gated(
-    raw_e, raw_g, e_scales, g_scales, u_gate, u_up, b_gate, b_up, a, e, g, h, u,
-    M: tl.constexpr, N: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_R: tl.constexpr,
+def adapted_activation(
+    raw_e, raw_g, e_scales, g_scales, u_e, u_g, b_e, b_g, a, h, u,
+    M: tl.constexpr, N: tl.constexpr, R_E: tl.constexpr, R_G: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """e [M, N] = e_scales_i · raw_e + u_gate @ b_gateᵀ, g likewise, h = act(e) ∘ g; b [N, R].
+    """h [M, N] = act(e) ∘ g of `adapted_tile`s e and g, or act(e + raw_g) of a row raw_g [1, N] where not ``GATED``.
 
     And u [p, M, R]: the part of h @ aᵀ, a [R, N], over the p-th ``COLUMNS`` columns.
     """
     tiles = tl.cdiv(M, BLOCK_M)
     part, rows = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_kept, ranks = rows < M, tl.arange(0, BLOCK_R)
-    dtype: tl.constexpr = e.dtype.element_ty
-    e_scale = tl.load(e_scales + rows, mask=row_kept, other=0.0)[:, None]
-    g_scale = tl.load(g_scales + rows, mask=row_kept, other=0.0)[:, None]
-    gate, up = rank_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), rank_columns(u_up, rows, row_kept, R_UP, BLOCK_UP)
+    dtype: tl.constexpr = h.dtype.element_ty
+    e_scale, e_columns = row_scales(e_scales, rows, row_kept), rank_columns(u_e, rows, row_kept, R_E, BLOCK_E)
+    g_scale, g_columns = row_scales(g_scales, rows, row_kept), rank_columns(u_g, rows, row_kept, R_G, BLOCK_G)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first in range(0, COLUMNS, BLOCK_N):
         columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
         column_kept = columns < N
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
-        gate_b = transposed_columns(b_gate, columns, column_kept, R_GATE, BLOCK_GATE)
-        up_b = transposed_columns(b_up, columns, column_kept, R_UP, BLOCK_UP)
-        value = tl.dot(gate, gate_b, tl.load(raw_e + place, mask=kept, other=0.0).to(tl.float32) * e_scale).to(dtype)
-        times = tl.dot(up, up_b, tl.load(raw_g + place, mask=kept, other=0.0).to(tl.float32) * g_scale).to(dtype)
-        made = activate(value.to(tl.float32), ACTIVATION).to(dtype) * times
-        tl.store(e + place, value, mask=kept)
-        tl.store(g + place, times, mask=kept)
+        value = adapted_tile(raw_e, place, kept, e_scale, e_columns, transposed_columns(b_e, columns, column_kept, R_E, BLOCK_E), dtype)
+        if GATED:
+            times = adapted_tile(raw_g, place, kept, g_scale, g_columns, transposed_columns(b_g, columns, column_kept, R_G, BLOCK_G), dtype)
+            made = activate(value.to(tl.float32), ACTIVATION).to(dtype) * times
+        else:
+            shifted = value + tl.load(raw_g + columns, mask=column_kept, other=0.0)[None]
+            made = activate(shifted.to(tl.float32), ACTIVATION).to(dtype)
         tl.store(h + place, made, mask=kept)
         inside = column_kept[:, None] & (ranks < R)[None]
         acc = tl.dot(made, tl.load(a + ranks[None] * N + columns[:, None], mask=inside, other=0.0), acc)

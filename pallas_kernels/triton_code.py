@@ -201,15 +201,28 @@ def store_sum(out, acc, split, columns, kept, N: tl.constexpr, R: tl.constexpr, 
 
 
 @triton.jit
+def row_scales(scales, rows, kept):
+    """[len(rows), 1] of scales [·]."""
+    return tl.load(scales + rows, mask=kept, other=0.0)[:, None]
+
+
+@triton.jit
+def adapted_tile(z, place, kept, scale, u, b, dtype: tl.constexpr):
+    """A tile of scale ∘ z + u @ b, rounded once."""
+    return tl.dot(u, b, tl.load(z + place, mask=kept, other=0.0).to(tl.float32) * scale).to(dtype)
+
+
+@triton.jit
 def gated_gradients(
-    e, g, dh, u_gate, u_up, du, a, scales, de, dg, db_gate, db_up, da,
-    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
+    e, g, dh, u_gate, u_up, du, a, scales, e_scales, g_scales, b_gate, b_up, de, dg, db_gate, db_up, da,
+    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, UNSCALED: tl.constexpr,
     R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """de, dg [M, N] of h = act(e) ∘ g under dh + du @ a, the rows of dh times scales where ``SCALED``.
 
-    And for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N].
+    And for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N]. Where ``UNSCALED``, e and g are yet to be made of the
+    products in their places, `adapted_tile`s of u_gate and b_gate [N, R], u_up and b_up.
     """
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -217,16 +230,23 @@ def gated_gradients(
     dtype: tl.constexpr = e.dtype.element_ty
     gate, up = tl.zeros((BLOCK_GATE, BLOCK_N), tl.float32), tl.zeros((BLOCK_UP, BLOCK_N), tl.float32)
     down, a_tile = tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32), row_tile(a, columns, column_kept, N, R_DOWN, BLOCK_DOWN)
+    gate_tile = transposed_columns(b_gate, columns, column_kept & UNSCALED, R_GATE, BLOCK_GATE)
+    up_tile = transposed_columns(b_up, columns, column_kept & UNSCALED, R_UP, BLOCK_UP)
     for first in range(0, ROWS, BLOCK_M):
         rows = split * ROWS + first + tl.arange(0, BLOCK_M)
         row_kept = rows < M
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
-        value = tl.load(e + place, mask=kept, other=0.0).to(tl.float32)
-        times = tl.load(g + place, mask=kept, other=0.0)
+        if UNSCALED:
+            gate_u, up_u = rank_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), rank_columns(u_up, rows, row_kept, R_UP, BLOCK_UP)
+            value = adapted_tile(e, place, kept, row_scales(e_scales, rows, row_kept), gate_u, gate_tile, dtype).to(tl.float32)
+            times = adapted_tile(g, place, kept, row_scales(g_scales, rows, row_kept), up_u, up_tile, dtype)
+        else:
+            value = tl.load(e + place, mask=kept, other=0.0).to(tl.float32)
+            times = tl.load(g + place, mask=kept, other=0.0)
         # Accumulated, and du loaded twice: either saves moving a tile between layouts of registers.
         dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
         if SCALED:
-            dvalue *= tl.load(scales + rows, mask=row_kept, other=0.0)[:, None]
+            dvalue *= row_scales(scales, rows, row_kept)
         dvalue = tl.dot(rank_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), a_tile, dvalue)
         activated, slope = activate_with_slope(value, ACTIVATION)
         activated = activated.to(dtype)
@@ -244,23 +264,38 @@ def gated_gradients(
 
 @triton.jit
 def plain_gradients(
-    e, bias, dh, u, du, de, db, da,
-    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
+    e, bias, dh, u, du, a, scales, e_scales, b, de, db, da,
+    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, UNSCALED: tl.constexpr,
+    R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """de [M, N] of h = act(e + bias), and for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]."""
+    """de [M, N] of h = act(e + bias) under dh, or where ``SCALED`` its `adapted_tile`s with scales, du and a [R, N].
+
+    And for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]. Where ``UNSCALED``, e is yet to be made of the product in its place, an
+    `adapted_tile` of u and b [N, R].
+    """
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_kept = columns < N
     dtype: tl.constexpr = e.dtype.element_ty
     shift = tl.load(bias + columns, mask=column_kept, other=0.0)
     up, down = tl.zeros((BLOCK_UP, BLOCK_N), tl.float32), tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32)
+    b_tile = transposed_columns(b, columns, column_kept & UNSCALED, R_UP, BLOCK_UP)
+    a_tile = row_tile(a, columns, column_kept & SCALED, N, R_DOWN, BLOCK_DOWN)
     for first in range(0, ROWS, BLOCK_M):
         rows = split * ROWS + first + tl.arange(0, BLOCK_M)
         row_kept = rows < M
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
-        value = tl.load(e + place, mask=kept, other=0.0) + shift[None]
-        dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
+        if UNSCALED:
+            u_tile = rank_columns(u, rows, row_kept, R_UP, BLOCK_UP)
+            value = adapted_tile(e, place, kept, row_scales(e_scales, rows, row_kept), u_tile, b_tile, dtype) + shift[None]
+        else:
+            value = tl.load(e + place, mask=kept, other=0.0) + shift[None]
+        if SCALED:
+            du_tile = rank_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN)
+            dvalue = adapted_tile(dh, place, kept, row_scales(scales, rows, row_kept), du_tile, a_tile, tl.float32)
+        else:
+            dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
         activated, slope = activate_with_slope(value.to(tl.float32), ACTIVATION)
         de_tile = (dvalue * slope).to(dtype)
         tl.store(de + place, de_tile, mask=kept)

@@ -29,9 +29,10 @@ from jaxlora.weights.base import (
     one_product,
     outer,
     product_beside,
+    scale_rows,
 )
 from jaxlora.weights.lora import LoRA
-from pallas_kernels.adapted_gated import adapted_gated
+from pallas_kernels.adapted_activation import adapted_activation
 from pallas_kernels.functions import Function
 from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.lora_input import KERNEL as INPUT
@@ -45,6 +46,7 @@ type Rates = tuple[float, ...]
 # The last: what `jaxlora.nn.linear.making_inputs` says.
 type How = tuple[Activation, Rates, bool]
 type Inputs = tuple[Array, ...]
+type Pairs = tuple[tuple[Array, Array], ...]
 type Weights = tuple[AbstractWeight, ...]
 type Loras = tuple[LoRA | None, ...]
 
@@ -177,14 +179,11 @@ def _columns(loras: Loras, us: dict[int, Array], dtype: Any) -> tuple[Array, lis
 
 def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
     """Each Linear's s·B [O, R], zero at the others' columns; None where there is no adapter."""
-    bs, at, columns = [], 0, sum(lora.rank for lora in loras if lora is not None)
-    for lora in loras:
-        if lora is None:
-            bs.append(None)
-            continue
-        bs.append(jnp.pad(_scaled(lora, dtype), ((0, 0), (at, columns - at - lora.rank))))
-        at += lora.rank
-    return bs
+    *starts, total = _starts(0 if lora is None else lora.rank for lora in loras)
+    return [
+        None if lora is None else jnp.pad(_scaled(lora, dtype), ((0, 0), (at, total - at - lora.rank)))
+        for lora, at in zip(loras, starts, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -251,7 +250,7 @@ def _narrow_product(dy: Array, b: Array) -> Array:
 
 def _starts(sizes: Iterable[int]) -> list[int]:
     """Where each part begins, and where the last one ends."""
-    return list(itertools.accumulate(sizes, initial=0))
+    return [0, *itertools.accumulate(sizes)]
 
 
 def _mlp_forward(
@@ -267,30 +266,29 @@ def _mlp_fwd(
     how: tuple[Activation, str, bool], inputs: Inputs, hollow: Hollow | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
 ) -> tuple[Array, Any]:
     into, activation, making = how
-    if bias is None and not any(w.decoded for w in weights[:-1]):
-        y, ys, us, down_u = _mlp_apart(into, activation, inputs, weights, loras)
-        return y, (inputs, _marked(hollow), ys, bias, us, down_u, weights, loras, _statistics(into, inputs, weights))
-    alone = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
-    ys, us, statistics = _products((into, alone[0], making), inputs, weights[:-1], loras[:-1], alone[1], None)
+    if not any(w.decoded for w in weights[:-1]):
+        y, ys, scales, us, last_u = _mlp_apart(into, activation, inputs, bias, weights, loras)
+        return y, (inputs, _marked(hollow), ys, scales, bias, us, last_u, weights, loras, _statistics(into, inputs, weights))
+    rates, keys = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
+    ys, us, statistics = _products((into, rates, making), inputs, weights[:-1], loras[:-1], keys, None)
     act, wide = _activation(activation, ys, bias)
-    (y,), down_us, _ = _products((act, (0.0,), making), wide, weights[-1:], loras[-1:], (None,), None)
-    return y, (inputs, _marked(hollow), ys, bias, us, down_us[0], weights, loras, statistics)
+    (y,), last_us, _ = _products((act, (0.0,), making), wide, weights[-1:], loras[-1:], (None,), None)
+    return y, (inputs, _marked(hollow), ys, None, bias, us, last_us[0], weights, loras, statistics)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mlp_apart(
-    into: Activation, activation: str, inputs: Inputs, weights: Weights, loras: tuple[LoRA, ...]
-) -> tuple[Array, Inputs, dict[int, Array], Array]:
-    """(y, (e, g), the first adapters' columns, down's) of a gated MLP whose first products are scaled by rows: with their updates, the
-    activation and down's columns in one pass.
-    """
-    x, (gate, up, down) = into(*inputs), loras
-    us = _kept(_down((0.0, 0.0), x, (gate, up), None))
+    into: Activation, activation: str, inputs: Inputs, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
+) -> tuple[Array, Inputs, Inputs, dict[int, Array], Array]:
+    """(y, the first products as they are, the scales of their rows, their adapters' columns, the last one's), where such scales remain."""
+    x, first, last = into(*inputs), loras[:-1], loras[-1]
+    us = _kept(_down((0.0,) * len(first), x, first, None))
     products, scales = zip(*filter(None, (w.matmul_apart(x) for w in weights[:-1])), strict=True)
-    bs = _scaled(gate, x.dtype), _scaled(up, x.dtype)
-    e, g, h, u = adapted_gated(products, scales, (us[0], us[1]), bs, down.a.astype(x.dtype), activation=activation)
-    u = checkpoint_name(u, "lora_u")
-    return named(weights[-1].matmul(h, (u, _scaled(down, x.dtype)))), (named(e), named(g)), us, u
+    bs, (function, _) = [_scaled(lora, x.dtype) for lora in first], _activation(activation, products, bias)
+    h, u = adapted_activation(products, scales, [*us.values()], bs, last.a.astype(x.dtype), function=function, bias=bias)
+    # Kept as they are: their updates and scales are few columns, and the backward's pass adds them again.
+    u, *few = (checkpoint_name(each, "lora_u") for each in (u, *scales))
+    return named(weights[-1].matmul(h, (u, _scaled(last, x.dtype)))), tuple(map(named, products)), tuple(few), us, u
 
 
 def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Function, Inputs]:
@@ -301,34 +299,43 @@ def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Functi
 @functools.partial(jax.jit, static_argnums=0)
 def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tuple[Any, ...]:
     into, activation, making = how
-    inputs, hollow, ys, bias, us, down_u, weights, loras, statistics = residuals
-    down = loras[-1]
-    du, a = dy @ _scaled(down, dy.dtype), down.a.astype(dy.dtype)
-    if bias is None:
-        e, g = ys
-        # Scaled by the kernel, where it is a product whose rows are to be.
-        dh, dh_scales = weights[-1].matmul_t_apart((dy,)) or (input_gradient(weights[-1:], (dy,)), None)
-        *dys, db_gate, db_up, da = gated_gradients(e, g, dh, us[0], us[1], du, a, scales=dh_scales, activation=activation)
-        dbs = [db_gate, db_up]
-    else:
-        (e,) = ys
-        # This kernel would lose more by adding the adapter's part itself than the product does by copying dy beside du.
-        dh = input_gradient(weights[-1:], (dy,), (du, a))
-        *dys, db, da = plain_gradients(e, bias, dh, us[0], du, activation=activation)
-        dbs = [db]
-    pairs = dict(enumerate(loras[:-1]))
-    scaled = _is_scaled(hollow)
-    dx, both, *_ = _plain_gradients(weights[:-1], loras[:-1], pairs, tuple(dys), us, making=making, scaled=scaled)
+    inputs, hollow, ys, scales, bias, us, last_u, weights, loras, statistics = residuals
+    first, last = loras[:-1], loras[-1]
+    unscaled = None if scales is None else tuple((s, _scaled(lora, dy.dtype)) for s, lora in zip(scales, first, strict=True))
+    dys, dbs, da_last = _wide_gradients(activation, ys, unscaled, bias, tuple(us.values()), weights[-1], last, dy)
+    pairs, (x, pull) = dict(enumerate(first)), jax.vjp(into, *inputs)
+    dx, both, *_ = _plain_gradients(weights[:-1], first, pairs, dys, us, making=making, scaled=_is_scaled(hollow))
     assert both is not None
-    x, pull = jax.vjp(into, *inputs)
     das = _split(_sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
-    dloras = [_pair_gradient(lora, da, db) for lora, da, db in zip(pairs.values(), das, dbs, strict=True)]
+    dloras = [_pair_gradient(lora, da, db) for lora, da, db in zip(first, das, dbs, strict=True)]
     # Only where a weight is trained is h computed once more.
+    if unscaled is not None:
+        ys = tuple(scale_rows(z, s, contract_last(u, b)) for z, (s, b), u in zip(ys, unscaled, us.values(), strict=True))
     act, wide = _activation(activation, ys, bias)
     dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, (*((x, each) for each in dys), (act(*wide), dy)), strict=True))
     dbias = None if bias is None else dys[0].astype(jnp.float32).sum(0, keepdims=True).astype(bias.dtype)
     dinputs, dhollow = (pull(dx.columns[:, : x.shape[1]]), None) if hollow is None else (None, dx)
-    return dinputs, dhollow, dbias, dweights, (*dloras, _pair_gradient(down, da, outer(dy, down_u)))
+    return dinputs, dhollow, dbias, dweights, (*dloras, _pair_gradient(last, da_last, outer(dy, last_u)))
+
+
+def _wide_gradients(
+    activation: str, ys: Inputs, bs: Pairs | None, bias: Array | None, us: Inputs, weight: AbstractWeight, lora: LoRA, dy: Array
+) -> tuple[Inputs, Inputs, Array]:
+    """(the gradients by an MLP's first products, their adapters' dyᵀ u, the duᵀ h of the last one, of ``weight`` and ``lora``).
+
+    What comes to h, and first products that are yet to be scaled (by ``bs``, also their s·B), are scaled by the kernel that makes all this.
+    """
+    du, a = dy @ _scaled(lora, dy.dtype), lora.a.astype(dy.dtype)
+    apart = weight.matmul_t_apart((dy,))
+    if bias is None:
+        (e, g), (u_gate, u_up) = ys, us
+        dh, scales = apart or (input_gradient((weight,), (dy,)), None)
+        de, dg, *dbs, da = gated_gradients(e, g, dh, u_gate, u_up, du, a, scales=scales, unscaled=bs, activation=activation)
+        return (de, dg), tuple(dbs), da
+    # To a product of its own this kernel would lose more by adding the adapter's part than the product does by copying dy beside du.
+    dh, update = (input_gradient((weight,), (dy,), (du, a)), None) if apart is None else (apart[0], (apart[1], a))
+    de, db, da = plain_gradients(ys[0], bias, dh, us[0], du, update=update, unscaled=None if bs is None else bs[0], activation=activation)
+    return (de,), (db,), da
 
 
 mlp_rows.defvjp(_mlp_fwd, _mlp_bwd)

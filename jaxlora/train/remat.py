@@ -23,8 +23,8 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
     attention needs on the device and recomputes the MLP. "dots" keeps matrix products too and recomputes only elementwise work; there,
     unless ``unroll`` says otherwise, layers that are all alike are each compiled by themselves, because a loop would copy all that is kept.
     The R columns A·x of each adapter are kept by all of these, by True where all layers are alike: they are small, and recomputing them
-    reads x again. So are a norm's statistics, which "attention" and "dots" keep where a kernel made the norm. Where MLPs are recomputed,
-    the decoder's take at most 8,192 tokens at a time: more would need more memory and be no faster.
+    reads x again. So are a norm's statistics, which "attention" and "dots" keep where a kernel made the norm, and an e4m3 MLP's scales of
+    its rows. Where MLPs are recomputed, the decoder's take at most 8,192 tokens at a time: more would need more memory and be no faster.
 
     >>> execution(True).scan.checkpoint, execution(False).scan.checkpoint
     (True, False)

@@ -1,6 +1,7 @@
 """The one entry to the backward of act(e) ∘ g with its adapters' sums, its reference, and its record."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from jaxtyping import Array, Float
 from pallas_kernels._kernel import Case, Kernel
 from pallas_kernels.gated_gradients import triton, xla
 from pallas_kernels.lora_swiglu.activations import ACTIVATIONS
+
+type Unscaled = Sequence[tuple[Float[Array, " N"], Float[Array, "F _"]]]
 
 _BACKENDS = {"triton": triton, "xla": xla}
 
@@ -25,6 +28,7 @@ def gated_gradients(
     a: Float[Array, "Rd F"],
     *,
     scales: Float[Array, " N"] | None = None,
+    unscaled: Unscaled | None = None,
     activation: str = "silu",
     backend: str = "auto",
 ) -> tuple[Float[Array, "N F"], Float[Array, "N F"], Float[Array, "F Rg"], Float[Array, "F Ru"], Float[Array, "Rd F"]]:
@@ -34,8 +38,10 @@ def gated_gradients(
 
     These are the gradients by a gated MLP's two projections, by the B of their adapters (u = A x) and by the A of the adapter of the
     projection that follows, whose part of t comes as du = dy (s B) and its A, and what comes through its weight as dh, whose rows fp32
-    ``scales`` multiply where it comes without them. de and dg come in e's dtype, the sums over the rows in fp32, of values rounded to
-    e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not read again.
+    ``scales`` multiply where it comes without them. So may e and g: ``unscaled`` are the fp32 scales of their rows and their adapters'
+    s·B [F, R], and scales ∘ e + u bᵀ is then meant, rounded to e's dtype. de and dg come in e's dtype, the sums over the rows in fp32, of
+    values rounded to e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not
+    read again.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1, 1))
@@ -46,9 +52,9 @@ def gated_gradients(
       ValueError: shapes or dtypes disagree, or nobody knows the activation or the backend.
       NotImplementedError: the named backend cannot run this call; the text says why.
     """
-    _check(e, g, dh, (u_gate, u_up, du), a, scales, activation)
-    chosen = KERNEL.choose(backend, e, g, dh, u_gate, u_up, du, a, scales=scales, activation=activation)
-    return _BACKENDS[chosen].gradients(e, g, dh, (u_gate, u_up), du, a, scales, activation)
+    _check(e, g, dh, (u_gate, u_up, du), a, scales, unscaled, activation)
+    chosen = KERNEL.choose(backend, e, g, dh, u_gate, u_up, du, a, scales=scales, unscaled=unscaled, activation=activation)
+    return _BACKENDS[chosen].gradients(e, g, dh, (u_gate, u_up), du, a, scales, unscaled, activation)
 
 
 def reference(
@@ -61,16 +67,30 @@ def reference(
     a: Array,
     *,
     scales: Array | None = None,
+    unscaled: Unscaled | None = None,
     activation: str = "silu",
 ) -> tuple[Array, ...]:
     """The arguments and results of `gated_gradients`, by autodiff of the definition; computed in fp32."""
     e32, g32, dh32, u_gate32, u_up32, du32, a32 = (x.astype(jnp.float32) for x in (e, g, dh, u_gate, u_up, du, a))
+    if unscaled is not None:
+        (e_scales, b_gate), (g_scales, b_up) = unscaled
+        e32 = e_scales[:, None] * e32 + u_gate32 @ b_gate.astype(jnp.float32).T
+        g32 = g_scales[:, None] * g32 + u_up32 @ b_up.astype(jnp.float32).T
     h, pull = jax.vjp(lambda e, g: ACTIVATIONS[activation](e) * g, e32, g32)
     de, dg = pull((dh32 if scales is None else scales[:, None] * dh32) + du32 @ a32)
     return de.astype(e.dtype), dg.astype(e.dtype), de.T @ u_gate32, dg.T @ u_up32, du32.T @ h
 
 
-def _check(e: Array, g: Array, dh: Array, columns: tuple[Array, ...], a: Array, scales: Array | None, activation: str) -> None:
+def _check(
+    e: Array,
+    g: Array,
+    dh: Array,
+    columns: tuple[Array, ...],
+    a: Array,
+    scales: Array | None,
+    unscaled: Unscaled | None,
+    activation: str,
+) -> None:
     faults = []
     if e.ndim != 2 or not e.shape == g.shape == dh.shape:
         faults.append(f"expected e, g and dh [N, F], got {e.shape}, {g.shape} and {dh.shape}")
@@ -79,9 +99,14 @@ def _check(e: Array, g: Array, dh: Array, columns: tuple[Array, ...], a: Array, 
         faults.append(f"expected columns [{e.shape[0]}, R], got {', '.join(map(str, wrong))}")
     if a.shape != (columns[-1].shape[-1], e.shape[-1]):
         faults.append(f"expected a [{columns[-1].shape[-1]}, {e.shape[-1]}], got {list(a.shape)}")
-    if scales is not None and (scales.shape != e.shape[:1] or scales.dtype != jnp.float32):
-        faults.append(f"expected scales [{e.shape[0]}] in float32, got {scales.shape} {scales.dtype}")
-    dtypes = {str(x.dtype) for x in (e, g, dh, *columns, a)}
+    others = unscaled or ()
+    wrong = [s for s in (scales, *(s for s, _ in others)) if s is not None and (s.shape != e.shape[:1] or s.dtype != jnp.float32)]
+    if wrong:
+        faults.append(f"expected scales [{e.shape[0]}] in float32, got {', '.join(f'{s.shape} {s.dtype}' for s in wrong)}")
+    bs = [b for _, b in others]
+    if unscaled is not None and [b.shape for b in bs] != [(e.shape[-1], u.shape[-1]) for u in columns[:-1]]:
+        faults.append(f"expected bs [{e.shape[-1]}, R] for each of {len(columns) - 1} products, got {', '.join(str(b.shape) for b in bs)}")
+    dtypes = {str(x.dtype) for x in (e, g, dh, *columns, a, *bs)}
     if len(dtypes) > 1:
         faults.append(f"expected one dtype, got {', '.join(sorted(dtypes))}")
     if activation not in ACTIVATIONS:
@@ -90,20 +115,26 @@ def _check(e: Array, g: Array, dh: Array, columns: tuple[Array, ...], a: Array, 
         raise ValueError("; ".join(faults))
 
 
-def _refuses(
-    backend: str, e: Any, g: Any, dh: Any, u_gate: Any, u_up: Any, du: Any, a: Any, *, scales: Any = None, activation: str = "silu"
-) -> str | None:
+def _refuses(backend: str, e: Any, g: Any, dh: Any, u_gate: Any, u_up: Any, du: Any, a: Any, **others: Any) -> str | None:
     """Of arrays, or of their shapes and dtypes."""
     return _BACKENDS[backend].refuses(e, tuple(u.shape[1] for u in (u_gate, u_up, du)))
 
 
-def _case(dtype: Any, *, rows: int, columns: int, ranks: tuple[int, int, int], scaled: bool = False, **static: Any) -> Case:
+def _case(
+    dtype: Any, *, rows: int, columns: int, ranks: tuple[int, int, int], scaled: bool = False, unscaled: bool = False, **static: Any
+) -> Case:
     draw = np.random.default_rng(0)
     shapes = {name: (rows, columns) for name in ("e", "g", "dh")}
     shapes |= {name: (rows, rank) for name, rank in zip(("u_gate", "u_up", "du"), ranks, strict=True)} | {"a": (ranks[2], columns)}
-    arrays = {name: jnp.asarray(draw.standard_normal(s), dtype) for name, s in shapes.items()}
+    arrays: dict[str, Any] = {name: jnp.asarray(draw.standard_normal(s), dtype) for name, s in shapes.items()}
+
+    def row_scales() -> Array:
+        return jnp.asarray(0.5 + draw.random(rows), jnp.float32)
+
     if scaled:
-        arrays["scales"] = jnp.asarray(0.5 + draw.random(rows), jnp.float32)
+        arrays["scales"] = row_scales()
+    if unscaled:
+        arrays["unscaled"] = tuple((row_scales(), jnp.asarray(draw.standard_normal((columns, rank)), dtype)) for rank in ranks[:2])
     return Case(arrays=arrays, static=static, wrt=())
 
 
@@ -113,6 +144,8 @@ CASES = {
     "gelu_tanh": functools.partial(_case, rows=128, columns=128, ranks=(16, 16, 16), activation="gelu_tanh"),
     "ragged_everywhere": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20)),
     "scaled": functools.partial(_case, rows=173, columns=128, ranks=(16, 16, 16), scaled=True),
+    "unscaled": functools.partial(_case, rows=256, columns=192, ranks=(16, 16, 16), scaled=True, unscaled=True),
+    "ragged_unscaled": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20), unscaled=True, activation="gelu"),
     "fewer_rows_than_parts": functools.partial(_case, rows=3, columns=80, ranks=(16, 8, 4)),
 }
 

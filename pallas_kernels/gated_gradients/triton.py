@@ -22,6 +22,13 @@ class Config:
     num_stages: int = 3
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnscaledConfig(Config):
+    """With more to do in a tile, more parts are to be under way."""
+
+    SPLITS: int = 16
+
+
 def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
     """Why Triton cannot run this call here, or None."""
     if e.dtype != jnp.bfloat16:
@@ -39,11 +46,13 @@ def gradients(
     du: Array,
     a: Array,
     scales: Float[Array, " N"] | None,
+    unscaled: Any,
     activation: str,
 ) -> Any:
     """As `gated_gradients` returns them."""
     rows, columns = e.shape
-    config = dataclasses.asdict(_tuned.config("gated_gradients", "triton", Config, (rows, columns, du.shape[1])))
+    kind = Config if unscaled is None else UnscaledConfig
+    config = dataclasses.asdict(_tuned.config("gated_gradients", "triton", kind, (rows, columns, du.shape[1])))
     splits = config.pop("SPLITS")
     ranks = [u.shape[1] for u in (*us, du)]
     wide = jax.ShapeDtypeStruct(e.shape, e.dtype)
@@ -52,15 +61,16 @@ def gradients(
     names = ("GATE", "UP", "DOWN")
     de, dg, *parts = _triton.call(
         _triton.device_code().gated_gradients,
-        # What is not SCALED reads no scales.
+        # What is not SCALED reads no scales, and what is not UNSCALED none of the last four.
         *(e, g, dh, *us, du, a, du if scales is None else scales),
+        *((du,) * 4 if unscaled is None else (each for pair in zip(*unscaled, strict=True) for each in pair)),
         out=(wide, wide, *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),
         config=config,
         # Where e and dh are not needed any more; each element is read by the program that overwrites it.
         in_place={0: 0, 2: 1},
         **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
-        SCALED=scales is not None,
+        **{"SCALED": scales is not None, "UNSCALED": unscaled is not None},
         **{f"R_{name}": rank for name, rank in zip(names, ranks, strict=True)},
         **{f"BLOCK_{name}": block_r(rank) for name, rank in zip(names, ranks, strict=True)},
     )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.adapted_activation.xla import adapted
 from pallas_kernels.lora_swiglu.activations import product
 
 
@@ -23,9 +24,12 @@ def gradients(
     du: Array,
     a: Array,
     scales: Float[Array, " N"] | None,
+    unscaled: Any,
     activation: str,
 ) -> Any:
     """As `gated_gradients` returns them."""
+    if unscaled is not None:
+        e, g = (adapted(z, s, u, b) for z, u, (s, b) in zip((e, g), us, unscaled, strict=True))
     h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
     de, dg = pull(with_update(dh, du, a, scales))
     return de, dg, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)

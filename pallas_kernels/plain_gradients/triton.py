@@ -23,22 +23,43 @@ class Config(gated_gradients.Config):
     SPLITS: int = 16
 
 
-def gradients(e: Float[Array, "N F"], bias: Float[Array, "1 F"], dh: Float[Array, "N F"], u: Array, du: Array, activation: str) -> Any:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnscaledConfig(Config):
+    """What is made of a tile before it is used takes registers."""
+
+    BLOCK_M: int = 32
+
+
+def gradients(
+    e: Float[Array, "N F"],
+    bias: Float[Array, "1 F"],
+    dh: Float[Array, "N F"],
+    u: Array,
+    du: Array,
+    update: Any,
+    unscaled: Any,
+    activation: str,
+) -> Any:
     """As `plain_gradients` returns them."""
     rows, columns = e.shape
-    config = dataclasses.asdict(_tuned.config("plain_gradients", "triton", Config, (rows, columns, du.shape[1])))
+    kind = Config if unscaled is None else UnscaledConfig
+    config = dataclasses.asdict(_tuned.config("plain_gradients", "triton", kind, (rows, columns, du.shape[1])))
     splits = config.pop("SPLITS")
     ranks = {"UP": u.shape[1], "DOWN": du.shape[1]}
     sums = [jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in ((columns, ranks["UP"]), (ranks["DOWN"], columns))]
     de, *parts = _triton.call(
         _triton.device_code().plain_gradients,
         *(e, bias, dh, u, du),
+        # What is not SCALED reads neither scales nor a, what is not UNSCALED none of the last two.
+        *((du, du) if update is None else reversed(update)),
+        *((du, du) if unscaled is None else unscaled),
         out=(jax.ShapeDtypeStruct(e.shape, e.dtype), *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),
         config=config,
         # Where dh is not needed any more; each element is read by the program that overwrites it.
         in_place={2: 0},
         **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
+        **{"SCALED": update is not None, "UNSCALED": unscaled is not None},
         **{f"R_{name}": rank for name, rank in ranks.items()},
         **{f"BLOCK_{name}": block_r(rank) for name, rank in ranks.items()},
     )

@@ -5,14 +5,30 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.adapted_activation.xla import adapted
 from pallas_kernels.functions import Function
-from pallas_kernels.gated_gradients.xla import outer, refuses
+from pallas_kernels.gated_gradients.xla import outer, refuses, with_update
 
 __all__ = ["gradients", "refuses"]
 
 
-def gradients(e: Float[Array, "N F"], bias: Float[Array, "1 F"], dh: Float[Array, "N F"], u: Array, du: Array, activation: str) -> Any:
+def gradients(
+    e: Float[Array, "N F"],
+    bias: Float[Array, "1 F"],
+    dh: Float[Array, "N F"],
+    u: Array,
+    du: Array,
+    update: Any,
+    unscaled: Any,
+    activation: str,
+) -> Any:
     """As `plain_gradients` returns them."""
+    if unscaled is not None:
+        scales, b = unscaled
+        e = adapted(e, scales, u, b)
+    if update is not None:
+        scales, a = update
+        dh = with_update(dh, du, a, scales)
     h, pull = jax.vjp(lambda e: Function("plain", activation)(e, bias), e)
     (de,) = pull(dh)
     return de, outer(de, u), outer(du, h)

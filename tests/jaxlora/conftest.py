@@ -11,7 +11,7 @@ from jaxlora.weights import base as base_module
 
 KERNELS = {
     "lora_input": (products_module, (products_module, "INPUT")),
-    "adapted_gated": (products_module, None),
+    "adapted_activation": (products_module, None),
     "gated_gradients": (products_module, (linear_module, "GRADIENTS")),
     "plain_gradients": (products_module, (linear_module, "PLAIN_GRADIENTS")),
     "norm_gradient": (pending_module, (products_module, "NORM_GRADIENT")),

@@ -64,8 +64,8 @@ MUTANTS = [
     Mutant("jaxlora/nn/products.py", "(lora.scale * db)", "db", "the scale is missing from dB", LINEAR),
     Mutant(
         "jaxlora/nn/products.py",
-        "((0, 0), (at, columns - at - lora.rank))",
-        "((0, 0), (columns - at - lora.rank, at))",
+        "((0, 0), (at, total - at - lora.rank))",
+        "((0, 0), (total - at - lora.rank, at))",
         "a group's B meets another Linear's u",
         LINEAR,
     ),

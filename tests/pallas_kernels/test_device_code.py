@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import KERNELS, _triton
-from pallas_kernels.adapted_gated import triton as adapted_backend
+from pallas_kernels.adapted_activation import triton as adapted_backend
 from pallas_kernels.float8_rows import triton as rows_backend
 from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.float8_transposed import triton as turned_backend
@@ -32,7 +32,7 @@ PACKED = ("int4_matmul", "lora_swiglu")
 TRITON = {
     "int4_matmul": product_backend,
     "lora_swiglu": gated_backend,
-    "adapted_gated": adapted_backend,
+    "adapted_activation": adapted_backend,
     "float8_rows": rows_backend,
     "float8_transposed": turned_backend,
     "gated_gradients": gradients_backend,
@@ -214,5 +214,5 @@ class NAMES:
 
     matmul, matmul_t, gated, gated_gradients = "matmul", "matmul_t", "gated", "gated_gradients"
     plain_gradients, norm_gradient = "plain_gradients", "norm_gradient"
-    adapted_gated, float8_rows, float8_transposed = "adapted_gated", "float8_rows", "float8_transposed"
+    adapted_activation, float8_rows, float8_transposed = "adapted_activation", "float8_rows", "float8_transposed"
     activated_input, normed_input = "activated_input", "normed_input"

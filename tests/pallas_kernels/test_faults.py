@@ -3,24 +3,49 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.adapted_gated import front as adapted_gated
+from pallas_kernels.adapted_activation import front as adapted_activation
+from pallas_kernels.functions import Function
 from pallas_kernels.gated_gradients import front as gated_gradients
+from pallas_kernels.plain_gradients import front as plain_gradients
 
-WIDE, NARROW, COLUMNS = jnp.ones((4, 8)), jnp.ones((4, 2)), jnp.ones((8, 2))
+WIDE, NARROW, COLUMNS, ROW = jnp.ones((4, 8)), jnp.ones((4, 2)), jnp.ones((8, 2)), jnp.ones((1, 8))
+GATED, SHORT = Function("gated", "silu"), jnp.ones(3)
 
 
 def test_every_fault_of_scaled_products_is_told_at_once():
-    faults = r"two products.*scales \[4\] in float32.*us \[4, R\] and bs \[8, R\].*a \[R, 8\].*one dtype.*silu, gelu, gelu_tanh, got 'relu'"
-    scales, a = (jnp.ones(4), jnp.ones(3)), NARROW.astype(jnp.bfloat16)
+    faults = (
+        r"activation of gated must be one of silu, gelu, gelu_tanh, got 'relu'.*products \[N, F\], 2 for gated, got \(4, 8\), \(1, 4, 8\)"
+        r".*scales \[4\] in float32.*us \[4, R\] and bs \[8, R\].*none for gated, got \(1, 8\).*a \[R, 8\].*one dtype"
+    )
+    scales, a = (jnp.ones(4), SHORT), NARROW.astype(jnp.bfloat16)
     with pytest.raises(ValueError, match=faults):
-        adapted_gated._check((WIDE, WIDE[None]), scales, (NARROW, NARROW), (COLUMNS, COLUMNS.T), a, "relu")
+        adapted_activation._check((WIDE, WIDE[None]), scales, (NARROW, NARROW), (COLUMNS, COLUMNS.T), a, Function("gated", "relu"), ROW)
 
 
 def test_products_of_three_axes_are_told_their_shapes():
-    with pytest.raises(ValueError, match=r"expected two products \[N, F\], got \(1, 4, 8\), \(1, 4, 8\)"):
-        adapted_gated._check((WIDE[None], WIDE[None]), (jnp.ones(1),) * 2, (NARROW[:1],) * 2, (COLUMNS,) * 2, COLUMNS.T, "silu")
+    with pytest.raises(ValueError, match=r"expected products \[N, F\], 2 for gated, got \(1, 4, 8\), \(1, 4, 8\)"):
+        adapted_activation._check((WIDE[None], WIDE[None]), (jnp.ones(1),) * 2, (NARROW[:1],) * 2, (COLUMNS,) * 2, COLUMNS.T, GATED, None)
+
+
+def test_an_activation_is_told_how_many_products_it_takes():
+    faults = r"1 for plain, got \(4, 8\), \(4, 8\).*scales, us and bs of 2 products, got 1, 1 and 1.*a bias \[1, 8\] for plain"
+    with pytest.raises(ValueError, match=faults):
+        plain = Function("plain", "gelu")
+        adapted_activation._check((WIDE, WIDE), (jnp.ones(4),), (NARROW,), (COLUMNS,), COLUMNS.T, plain, None)
+    with pytest.raises(ValueError, match=r'function must be "gated" or "plain", got \'rms_norm\''):
+        adapted_activation._check((WIDE,), (jnp.ones(4),), (NARROW,), (COLUMNS,), COLUMNS.T, Function("rms_norm"), ROW)
 
 
 def test_scales_of_other_rows_are_refused():
     with pytest.raises(ValueError, match=r"expected scales \[4\] in float32, got \(3,\) float32"):
-        gated_gradients._check(WIDE, WIDE, WIDE, (NARROW,) * 3, COLUMNS.T, jnp.ones(3), "silu")
+        gated_gradients._check(WIDE, WIDE, WIDE, (NARROW,) * 3, COLUMNS.T, SHORT, None, "silu")
+
+
+def test_what_a_gradient_is_to_scale_and_add_is_checked_too():
+    faults = r"scales \[4\] in float32, got \(3,\) float32.*bs \[8, R\] for each of 2 products, got \(8, 2\), \(2, 8\)"
+    with pytest.raises(ValueError, match=faults):
+        unscaled = ((SHORT, COLUMNS), (jnp.ones(4), COLUMNS.T))
+        gated_gradients._check(WIDE, WIDE, WIDE, (NARROW,) * 3, COLUMNS.T, None, unscaled, "silu")
+    faults = r"scales \[4\] in float32, got .*a \[2, 8\] with the scales of dh, got \(8, 2\).*b \[8, 2\] .*got \(2, 8\)"
+    with pytest.raises(ValueError, match=faults):
+        plain_gradients._check(WIDE, ROW, WIDE, (NARROW, NARROW), (SHORT, COLUMNS), (SHORT, COLUMNS.T), "gelu")

@@ -1,7 +1,6 @@
 """A gated MLP through a kernel that makes both projections and their product in one pass."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from jaxlora.adapt import LoRAConfig, attach, partition, select_from
 from jaxlora.models import registry
 from jaxlora.nn import linear as linear_module
 from jaxlora.nn import products as products_module
-from jaxlora.nn.mlp import GeGLU, SwiGLU
+from jaxlora.nn.linear import making_inputs
+from jaxlora.nn.mlp import GeGLU, PlainMLP, SwiGLU
 from jaxlora.nn.stack import edit_linears
 from jaxlora.select import by_flags
 from jaxlora.train.remat import execution
@@ -84,13 +84,35 @@ def test_the_path_of_one_pass_over_wide_gradients_is_the_other_one(kind, weight,
     assert ran["gated_gradients"]
 
 
+def plain_mlp():
+    """Of one kind of activation, with biases."""
+    made = PlainMLP(WIDTH, HIDDEN, activation="quick_gelu", dtype=jnp.float32)
+    for i, linear in enumerate((made.fc1, made.fc2)):
+        out, features = linear.features
+        linear.weight.set_value(Dense(normal(i, out, features) / features**0.5))
+        linear.bias.set_value(normal(60 + i, out))
+        linear.attach(LoRA(normal(10 + i, 2 + i, features) / 8, normal(20 + i, out, 2 + i), jnp.float32(0.5 + i)), dropout=0.0)
+    return made
+
+
 @pytest.mark.parametrize("form", [Dense, Int4.quantise, NF4.quantise], ids=["dense", "int4", "nf4"])
-def test_the_path_of_products_that_are_scaled_afterwards_is_the_other_one(form, in_one_pass):
-    weight = types.SimpleNamespace(quantise=lambda dense: Float8.of(form(dense)))
-    expected = value_and_gradients(mlp(weight=weight))
-    ran = in_one_pass("gated_gradients", "adapted_gated")
-    assert_close(value_and_gradients(mlp(weight=weight)), expected)
-    assert ran["gated_gradients"] and ran["adapted_gated"]
+@pytest.mark.parametrize("rounded", ["all", "first", "last"])
+@pytest.mark.parametrize(("kind", "kernel"), [(mlp, "gated_gradients"), (plain_mlp, "plain_gradients")])
+def test_the_path_of_products_that_are_scaled_afterwards_is_the_other_one(kind, kernel, rounded, form, in_one_pass):
+    """Also by the weights that stay as they were."""
+
+    def made():
+        made = kind()
+        last = made.down_proj if kind is mlp else made.fc2
+        for linear in {"all": (*made.inputs, last), "first": made.inputs, "last": (last,)}[rounded]:
+            linear.weight.set_value(Float8.of(form(linear.weight.get_value().dequantise())))
+        return made
+
+    with making_inputs(True):
+        expected = value_and_gradients(made())
+        ran = in_one_pass(kernel, "adapted_activation")
+        assert_close(value_and_gradients(made()), expected)
+    assert ran[kernel] and bool(ran["adapted_activation"]) == (rounded != "last")
 
 
 @pytest.mark.parametrize("rows", [products_module._MANY_CONTRACTED, products_module._MANY_CONTRACTED - 1])

@@ -141,7 +141,7 @@ def test_a_pending_norm_puts_the_gradient_of_products_in_e4m3_together(block, in
     def gradients():
         return jax.grad(loss, argnums=(0, 1, 2))(normal(70, 2, 5, 64), 1 + normal(90, 64) / 8, loras)
 
-    in_one_pass("adapted_gated", "gated_gradients")
+    in_one_pass("adapted_activation", "gated_gradients")
     expected = gradients()
     ran = in_one_pass("norm_gradient")
     assert_close(gradients(), expected)

@@ -1,0 +1,63 @@
+"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.float8_triton_code`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import _triton, _tuned
+from pallas_kernels.functions import Function
+from pallas_kernels.int4_matmul.triton import block_r
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A program takes ``BLOCK_M`` rows and walks one of ``SPLITS`` parts of their columns, ``BLOCK_N`` at a time."""
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 128
+    SPLITS: int = 4
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
+    """Why Triton cannot run this call here, or None."""
+    if e.dtype != jnp.bfloat16:
+        return f"needs bfloat16, got {e.dtype}"
+    if max(ranks) > 128:
+        return f"holds up to 128 columns of an adapter, got {max(ranks)}"
+    return _triton.refuses()
+
+
+def made(
+    products: Sequence[Array],
+    scales: Sequence[Array],
+    us: Sequence[Array],
+    bs: Sequence[Array],
+    a: Float[Array, "R F"],
+    bias: Array | None,
+    function: Function,
+) -> tuple[Array, Array]:
+    """As `adapted_activation` returns them."""
+    (rows, columns), ranks = products[0].shape, {"R_E": us[0].shape[1], "R_G": us[-1].shape[1], "R": a.shape[0]}
+    config = dataclasses.asdict(_tuned.config("adapted_activation", "triton", Config, (rows, columns, ranks["R"])))
+    splits = config.pop("SPLITS")
+    constants: dict[str, Any] = {"M": rows, "N": columns, "GATED": bias is None, "ACTIVATION": function.activation, **ranks}
+    constants |= {"BLOCK_E": block_r(ranks["R_E"]), "BLOCK_G": block_r(ranks["R_G"]), "BLOCK_R": block_r(ranks["R"])}
+    h, parts = _triton.call(
+        _triton.float8_code().adapted_activation,
+        # Without a gate the bias is in its product's place, and nothing else of it is read.
+        *(products[0], products[-1] if bias is None else bias),
+        *(each for pair in (scales, us, bs) for each in (pair[0], pair[-1])),
+        a,
+        out=(jax.ShapeDtypeStruct((rows, columns), a.dtype), jax.ShapeDtypeStruct((splits, rows, ranks["R"]), jnp.float32)),
+        grid=(-(-rows // config["BLOCK_M"]) * splits,),
+        config=config,
+        COLUMNS=-(-columns // (splits * config["BLOCK_N"])) * config["BLOCK_N"],
+        **constants,
+    )
+    return h, parts.sum(0).astype(a.dtype)

@@ -1,0 +1,39 @@
+"""A product for each update, an elementwise part, and a product for the columns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.functions import Function
+
+
+def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
+    """None: it runs anywhere."""
+    return None
+
+
+def made(
+    products: Sequence[Array],
+    scales: Sequence[Array],
+    us: Sequence[Array],
+    bs: Sequence[Array],
+    a: Float[Array, "R F"],
+    bias: Array | None,
+    function: Function,
+) -> tuple[Array, Array]:
+    """As `adapted_activation` returns them."""
+    finished = (adapted(*each) for each in zip(products, scales, us, bs, strict=True))
+    h = function(*finished, *(() if bias is None else (bias,)))
+    return h, _contracted(h, a)
+
+
+def adapted(z: Float[Array, "N F"], scales: Float[Array, " N"], u: Float[Array, "N R"], b: Float[Array, "F R"]) -> Float[Array, "N F"]:
+    """scales_i · z_i + u_i bᵀ, added in fp32 and rounded once."""
+    return (z.astype(jnp.float32) * scales[:, None] + _contracted(u, b)).astype(z.dtype)
+
+
+def _contracted(x: Float[Array, "N P"], y: Float[Array, "Q P"]) -> Float[Array, "N Q"]:
+    return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())))
