@@ -17,7 +17,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
-WORD = torch.int32
 MODULES = ("triton_code", "float8_triton_code")
 
 
