@@ -54,7 +54,7 @@ def gated_gradients(
     """
     _check(e, g, dh, (u_gate, u_up, du), a, scales, unscaled, activation)
     chosen = KERNEL.choose(backend, e, g, dh, u_gate, u_up, du, a, scales=scales, unscaled=unscaled, activation=activation)
-    return _BACKENDS[chosen].gradients(e, g, dh, (u_gate, u_up), du, a, scales, unscaled, activation)
+    return _BACKENDS[chosen].gradients((e, g), dh, (u_gate, u_up), du, a, scales, unscaled, activation)
 
 
 def reference(

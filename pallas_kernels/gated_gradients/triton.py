@@ -39,8 +39,7 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 
 def gradients(
-    e: Float[Array, "N F"],
-    g: Float[Array, "N F"],
+    both: tuple[Float[Array, "N F"], Float[Array, "N F"]],
     dh: Float[Array, "N F"],
     us: tuple[Array, Array],
     du: Array,
@@ -50,19 +49,19 @@ def gradients(
     activation: str,
 ) -> Any:
     """As `gated_gradients` returns them."""
-    rows, columns = e.shape
+    rows, columns = dh.shape
     kind = Config if unscaled is None else UnscaledConfig
     config = dataclasses.asdict(_tuned.config("gated_gradients", "triton", kind, (rows, columns, du.shape[1])))
     splits = config.pop("SPLITS")
     ranks = [u.shape[1] for u in (*us, du)]
-    wide = jax.ShapeDtypeStruct(e.shape, e.dtype)
+    wide = jax.ShapeDtypeStruct(dh.shape, dh.dtype)
     shapes = [(columns, ranks[0]), (columns, ranks[1]), (ranks[2], columns)]
     sums = [jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in shapes]
     names = ("GATE", "UP", "DOWN")
     de, dg, *parts = _triton.call(
         _triton.device_code().gated_gradients,
         # What is not SCALED reads no scales, and what is not UNSCALED none of the last four.
-        *(e, g, dh, *us, du, a, du if scales is None else scales),
+        *(*both, dh, *us, du, a, du if scales is None else scales),
         *((du,) * 4 if unscaled is None else (each for pair in zip(*unscaled, strict=True) for each in pair)),
         out=(wide, wide, *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),

@@ -17,8 +17,7 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 
 def gradients(
-    e: Float[Array, "N F"],
-    g: Float[Array, "N F"],
+    both: tuple[Float[Array, "N F"], Float[Array, "N F"]],
     dh: Float[Array, "N F"],
     us: tuple[Array, Array],
     du: Array,
@@ -28,8 +27,9 @@ def gradients(
     activation: str,
 ) -> Any:
     """As `gated_gradients` returns them."""
+    e, g = both
     if unscaled is not None:
-        e, g = (adapted(z, s, u, b) for z, u, (s, b) in zip((e, g), us, unscaled, strict=True))
+        e, g = (adapted(z, s, u, b) for z, u, (s, b) in zip(both, us, unscaled, strict=True))
     h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
     de, dg = pull(with_update(dh, du, a, scales))
     return de, dg, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)
