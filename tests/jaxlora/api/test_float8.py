@@ -5,20 +5,27 @@ import numpy as np
 import pytest
 
 from jaxlora import FastLanguageModel, SFTConfig, SFTTrainer
+from jaxlora.adapt import LoRAConfig, attach, partition
+from jaxlora.data.batches import make_batch
+from jaxlora.data.ladder import Shape
+from jaxlora.nn.stack import linear_paths
+from jaxlora.select import by_flags
+from jaxlora.train.remat import execution
+from jaxlora.train.step import value_and_grad
 from jaxlora.weights.base import AbstractWeight
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.float8 import Float8
 from jaxlora.weights.int4 import Int4
 from pallas_kernels.float8_transposed import float8_transposed
+from tests.jaxlora import reference
 from tests.tolerances import FLOAT8_LOSS
 
 ROWS = [{"messages": [{"role": "user", "content": f"{n} and {n}?"}, {"role": "assistant", "content": f"{2 * n}"}]} for n in range(8)]
 
 
-def trained(folder, where, *, use_gradient_checkpointing=False, **options):
+def trained(folder, where, **options):
     """(model, losses) of six steps."""
-    options |= {"dtype": "float32", "use_gradient_checkpointing": use_gradient_checkpointing}
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **options)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), dtype="float32", use_gradient_checkpointing=False, **options)
     model = FastLanguageModel.get_peft_model(model, r=4)
     args = SFTConfig(output_dir=str(where), per_device_train_batch_size=4, max_steps=6, learning_rate=1e-2, save_strategy="no")
     trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=ROWS, args=args)
@@ -46,8 +53,9 @@ def test_the_stored_weights_stay_int4(in_float8):
     }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, "unsloth", "dots"])
-def test_input_gradients_find_their_codes_in_the_stack(llama_folder, tmp_path, monkeypatch, checkpointing):
+# Each of another length: what is jitted is not traced again for shapes that it has seen.
+@pytest.mark.parametrize(("checkpointing", "length"), [(False, 11), (True, 13), ("unsloth", 17), ("dots", 19)])
+def test_input_gradients_find_their_codes_in_the_stack(monkeypatch, checkpointing, length):
     found = []
 
     def recorded(weights, scale):
@@ -55,9 +63,13 @@ def test_input_gradients_find_their_codes_in_the_stack(llama_folder, tmp_path, m
         return float8_transposed(weights, scale)
 
     monkeypatch.setattr("jaxlora.weights.float8.float8_transposed", recorded)
-    # What is jitted for the same shapes in another test is not traced again.
-    jax.clear_caches()
-    trained(llama_folder, tmp_path, compute_dtype="float8", use_gradient_checkpointing=checkpointing)
+    loaded = reference.fresh("llama", dtype="float32", load_in_4bit=True, compute_dtype="float8")
+    attach(loaded.model, by_flags(linear_paths(loaded.model)), LoRAConfig(r=4))
+    graphdef, trainable, frozen = partition(loaded.model)
+    ids = np.ones((3, length), np.int32)
+    values = loaded.spec.values(loaded.raw_config)
+    batch = make_batch([{"input_ids": ids, "attention_mask": ids, "labels": ids}], values, Shape(length, 0), rows=3)
+    jax.eval_shape(lambda *trees: value_and_grad(graphdef, *trees, execution(checkpointing)), trainable, frozen, batch)
     assert found and all(weight.layer is not None and weight.codes.ndim == 3 for weight in found)
 
 
