@@ -19,7 +19,7 @@ from benchmarks.rivals import measure, torch_train, torch_vlm_train
 from jaxlora.models import registry
 from pallas_kernels import KERNELS, _tuned, mosaic_code
 
-MODULES = ("absent_gpu", "gate", "kernel_times", "kernels", "longest", "results", "versus", "workload")
+MODULES = ("absent_gpu", "gate", "instructions", "kernel_times", "kernels", "longest", "results", "versus", "workload")
 HOST_ONLY = ("gate", "geometries", "jobs", "results", "rivals.measure", "rivals.torch_decode", "rivals.torch_train", "versus", "workload")
 SIGHTED = [name for name in GEOMETRIES if "vision_config" in GEOMETRIES[name]]
 
