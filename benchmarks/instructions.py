@@ -2,7 +2,8 @@
 
 The memory leaves a pass over wide activations some 8 instructions for each byte that it moves (128 lanes of 132 SMs at 1.5 GHz, 3 TB/s: an
 H100), of which perhaps half can be issued: what takes more is not bound by the memory. Compiles each call of
-`benchmarks.kernel_sizes` for sm90 and counts what its longest loop, or where there is none all of it, takes for one element of a block.
+`benchmarks.kernel_sizes` for sm90 and counts what its longest loop, or where there is none all of it, takes for one element of a block; of
+a matrix product, for one step along the contracted axis.
 Needs triton and jax_triton, whose wheels come with cuobjdump.
 """
 
@@ -38,10 +39,13 @@ class Launch:
 
 
 def main() -> None:
+    known = [name for name in SIZES if "triton" in KERNELS[name].backends]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="kernels; all that have a Triton backend without")
-    args = parser.parse_args()
-    for name in args.names or [name for name in SIZES if "triton" in KERNELS[name].backends]:
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"kernels, all without; of {', '.join(known)}")
+    names = parser.parse_args().names or known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no Triton kernel is called {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in names:
         for label, size in SIZES[name].items():
             for launch in launches(name, size):
                 sass, registers = compiled(launch)
@@ -82,7 +86,7 @@ def compiled(launch: Launch) -> tuple[str, int]:
     names, constants = launch.kernel.arg_names, dict(launch.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     arrays = [name for name in names if name not in constants]
-    types = [f"*{_TYPES[a.dtype.name]}" if hasattr(a, "dtype") else "i32" for a in launch.arguments]
+    types = ["i32" if isinstance(a, int) else f"*{_TYPES[a.dtype.name]}" for a in launch.arguments]
     source = ASTSource(
         launch.kernel,
         signature={**dict.fromkeys(names, "constexpr"), **dict(zip(arrays, types, strict=True))},
