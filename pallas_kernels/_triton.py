@@ -39,6 +39,17 @@ def float8_code() -> Any:
     return float8_triton_code
 
 
+def block_r(rank: int, *, summing: bool = False) -> int:
+    """The power of two, at least 16, that holds a rank; at least 64 for products that are ``summing`` up a wide tile on sm90 and up.
+
+    The tensor cores there take 64 rows, and the tile from shared memory; of fewer rows they take it from registers, for which Triton makes
+    the tile a second time, activation and all.
+    """
+    capability = _kernel.device().capability
+    wide = summing and capability is not None and capability >= (9, 0)
+    return max(64 if wide else 16, 1 << (rank - 1).bit_length())
+
+
 @functools.cache
 def _lower_to_typed_interface() -> None:
     """Lowers jax-triton's calls to jaxlib's handler of XLA's typed interface, as jax-triton 0.4 does, instead of the older one.

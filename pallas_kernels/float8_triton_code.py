@@ -57,7 +57,7 @@ def adapted_activation(
     raw_e, raw_g, e_scales, g_scales, u_e, u_g, b_e, b_g, a, h, u,
     M: tl.constexpr, N: tl.constexpr, R_E: tl.constexpr, R_G: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h [M, N] = act(e) ∘ g of `adapted_tile`s e and g, or act(e + raw_g) of a row raw_g [1, N] where not ``GATED``.
 
@@ -70,17 +70,19 @@ def adapted_activation(
     e_scale, e_columns = row_scales(e_scales, rows, row_kept), rank_columns(u_e, rows, row_kept, R_E, BLOCK_E)
     g_scale, g_columns = row_scales(g_scales, rows, row_kept), rank_columns(u_g, rows, row_kept, R_G, BLOCK_G)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for first in range(0, COLUMNS, BLOCK_N):
+    for first in tl.range(0, COLUMNS, BLOCK_N, num_stages=STAGES):
         columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
         column_kept = columns < N
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
-        value = adapted_tile(raw_e, place, kept, e_scale, e_columns, transposed_columns(b_e, columns, column_kept, R_E, BLOCK_E), dtype)
+        b_tile = transposed_columns(b_e, columns, column_kept, R_E, BLOCK_E)
+        value = adapted_tile(raw_e, place, kept, e_scale, e_columns, b_tile)
         if GATED:
-            times = adapted_tile(raw_g, place, kept, g_scale, g_columns, transposed_columns(b_g, columns, column_kept, R_G, BLOCK_G), dtype)
-            made = activate(value.to(tl.float32), ACTIVATION).to(dtype) * times
+            b_tile = transposed_columns(b_g, columns, column_kept, R_G, BLOCK_G)
+            times = adapted_tile(raw_g, place, kept, g_scale, g_columns, b_tile)
+            made = (activate(value, ACTIVATION) * times).to(dtype)
         else:
-            shifted = value + tl.load(raw_g + columns, mask=column_kept, other=0.0)[None]
-            made = activate(shifted.to(tl.float32), ACTIVATION).to(dtype)
+            shifted = value + tl.load(raw_g + columns, mask=column_kept, other=0.0).to(tl.float32)[None]
+            made = activate(shifted, ACTIVATION).to(dtype)
         tl.store(h + place, made, mask=kept)
         inside = column_kept[:, None] & (ranks < R)[None]
         acc = tl.dot(made, tl.load(a + ranks[None] * N + columns[:, None], mask=inside, other=0.0), acc)

@@ -31,8 +31,8 @@ def adapted_activation(
 
     ``function`` is "gated", act(y₁) ∘ y₂, or "plain", act(y₁ + bias). The products are in a format whose rows are scaled afterwards
     (e4m3), us are the columns A x of their adapters, bs their s·B, and a is the A of the projection that follows. Scales are fp32, all
-    else is of one dtype; y are summed in fp32 and rounded once, h is of the rounded ones, u is accumulated in fp32. On a GPU a kernel reads
-    the products once, and neither an update nor y is written. There is no gradient: whoever uses it has one of its own, of the products as
+    else is of one dtype; h is rounded once, u is accumulated in fp32. On a GPU a kernel reads the products once, and keeps y in fp32, which
+    XLA rounds; neither an update nor y is written. There is no gradient: whoever uses it has one of its own, of the products as
     they are (`gated_gradients` and `plain_gradients`, which make y again).
 
     >>> import jax.numpy as jnp

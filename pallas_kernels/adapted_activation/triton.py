@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _triton, _tuned
 from pallas_kernels.functions import Function
-from pallas_kernels.int4_matmul.triton import block_r
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +21,13 @@ class Config:
     SPLITS: int = 4
     num_warps: int = 4
     num_stages: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainConfig(Config):
+    """Without a gate there is less to read: narrower blocks."""
+
+    BLOCK_N: int = 64
 
 
 def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
@@ -44,10 +50,15 @@ def made(
 ) -> tuple[Array, Array]:
     """As `adapted_activation` returns them."""
     (rows, columns), ranks = products[0].shape, {"R_E": us[0].shape[1], "R_G": us[-1].shape[1], "R": a.shape[0]}
-    config = dataclasses.asdict(_tuned.config("adapted_activation", "triton", Config, (rows, columns, ranks["R"])))
+    kind = Config if bias is None else PlainConfig
+    config = dataclasses.asdict(_tuned.config("adapted_activation", "triton", kind, (rows, columns, ranks["R"])))
     splits = config.pop("SPLITS")
     constants: dict[str, Any] = {"M": rows, "N": columns, "GATED": bias is None, "ACTIVATION": function.activation, **ranks}
-    constants |= {"BLOCK_E": block_r(ranks["R_E"]), "BLOCK_G": block_r(ranks["R_G"]), "BLOCK_R": block_r(ranks["R"])}
+    constants |= {
+        "BLOCK_E": _triton.block_r(ranks["R_E"]),
+        "BLOCK_G": _triton.block_r(ranks["R_G"]),
+        "BLOCK_R": _triton.block_r(ranks["R"]),
+    }
     h, parts = _triton.call(
         _triton.float8_code().adapted_activation,
         # Without a gate the bias is in its product's place, and nothing else of it is read.
@@ -58,6 +69,7 @@ def made(
         grid=(-(-rows // config["BLOCK_M"]) * splits,),
         config=config,
         COLUMNS=-(-columns // (splits * config["BLOCK_N"])) * config["BLOCK_N"],
+        STAGES=config["num_stages"],
         **constants,
     )
     return h, parts.sum(0).astype(a.dtype)

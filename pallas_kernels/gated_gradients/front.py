@@ -39,9 +39,9 @@ def gated_gradients(
     These are the gradients by a gated MLP's two projections, by the B of their adapters (u = A x) and by the A of the adapter of the
     projection that follows, whose part of t comes as du = dy (s B) and its A, and what comes through its weight as dh, whose rows fp32
     ``scales`` multiply where it comes without them. So may e and g: ``unscaled`` are the fp32 scales of their rows and their adapters'
-    s·B [F, R], and scales ∘ e + u bᵀ is then meant, rounded to e's dtype. de and dg come in e's dtype, the sums over the rows in fp32, of
-    values rounded to e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not
-    read again.
+    s·B [F, R], and scales ∘ e + u bᵀ is then meant. de and dg come in e's dtype, the sums over the rows in fp32, of values rounded to e's
+    dtype. On a GPU a kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not read again. What it
+    makes in between stays in fp32, where XLA rounds scales ∘ e + u bᵀ and act(e).
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1, 1))

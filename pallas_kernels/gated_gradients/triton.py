@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _triton, _tuned
-from pallas_kernels.int4_matmul.triton import block_r
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +68,9 @@ def gradients(
         # Where e and dh are not needed any more; each element is read by the program that overwrites it.
         in_place={0: 0, 2: 1},
         **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
+        STAGES=config["num_stages"],
         **{"SCALED": scales is not None, "UNSCALED": unscaled is not None},
         **{f"R_{name}": rank for name, rank in zip(names, ranks, strict=True)},
-        **{f"BLOCK_{name}": block_r(rank) for name, rank in zip(names, ranks, strict=True)},
+        **{f"BLOCK_{name}": _triton.block_r(rank) for name, rank in zip(names, ranks, strict=True)},
     )
     return de, dg, *(part.sum(0) for part in parts)

@@ -52,12 +52,7 @@ def product(x: Float[Array, "N _"], weight: Packed, update: Any, transpose: bool
         out=jax.ShapeDtypeStruct((rows, columns), x.dtype),
         grid=grid,
         config=blocks,
-        **{"M": rows, "N": columns, "K": depth, "R": u.shape[1], "BLOCK_R": block_r(u.shape[1])},
+        **{"M": rows, "N": columns, "K": depth, "R": u.shape[1], "BLOCK_R": _triton.block_r(u.shape[1])},
         FORMAT=weight.format,
         RANKED=update is not None,
     )
-
-
-def block_r(rank: int) -> int:
-    """The power of two, at least 16, that holds a rank."""
-    return max(16, 1 << (rank - 1).bit_length())

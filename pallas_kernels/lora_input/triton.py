@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _triton, _tuned
 from pallas_kernels.functions import Function
-from pallas_kernels.int4_matmul.triton import block_r
 
 _MOST_COLUMNS = 128
 
@@ -61,7 +60,7 @@ def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"])
             out=(both, jax.ShapeDtypeStruct((splits, rows, rank), jnp.float32)),
             grid=(-(-rows // config["BLOCK_M"]) * splits,),
             config=config,
-            **{"M": rows, "N": width, "R": rank, "BLOCK_R": block_r(rank)},
+            **{"M": rows, "N": width, "R": rank, "BLOCK_R": _triton.block_r(rank, summing=True)},
             **{"COLUMNS": -(-width // (splits * config["BLOCK_N"])) * config["BLOCK_N"]},
             **{"GATED": function.form == "gated", "ACTIVATION": function.activation},
         )

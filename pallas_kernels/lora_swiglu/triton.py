@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _triton, _tuned
 from pallas_kernels.int4_matmul.triton import Config as ProductConfig
-from pallas_kernels.int4_matmul.triton import block_r
 from pallas_kernels.packed import Packed, Weight
 
 
@@ -41,7 +40,7 @@ def gated(
         out=(out,) * 3,
         grid=(-(-rows // config.BLOCK_M) * -(-columns // config.BLOCK_N),),
         config=dataclasses.asdict(config),
-        **{"M": rows, "N": columns, "K": depth, "R": u.shape[1], "BLOCK_R": block_r(u.shape[1])},
+        **{"M": rows, "N": columns, "K": depth, "R": u.shape[1], "BLOCK_R": _triton.block_r(u.shape[1])},
         **{"GATE": _format(gate), "UP": _format(up), "ACTIVATION": activation, "RANKED": update is not None, "SAVED": True},
     )
 

@@ -32,8 +32,8 @@ def plain_gradients(
     These are the gradients by the first of an MLP's two projections, by the B of its adapter (u = A x) and by the A of the second one's
     (du = dy (s B)); `gated_gradients` is the same for an MLP with a gate. Products whose rows are scaled afterwards may come as they are:
     with ``update`` (fp32 scales, the second adapter's A) scales ∘ dh + du a is meant in dh's place, and with ``unscaled`` (fp32 scales,
-    the first adapter's s·B) scales ∘ e + u bᵀ in e's, rounded to its dtype. de comes in e's dtype, the sums over the rows in fp32, of
-    values rounded to e's dtype. On a GPU a kernel reads e and dh once, and writes nothing else that is wide.
+    the first adapter's s·B) scales ∘ e + u bᵀ in e's. de comes in e's dtype, the sums over the rows in fp32, of values rounded to e's
+    dtype. On a GPU a kernel reads e and dh once, writes nothing else that is wide, and keeps scales ∘ e + u bᵀ in fp32, which XLA rounds.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1, 1))

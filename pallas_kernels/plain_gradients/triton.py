@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from pallas_kernels import _triton, _tuned
 from pallas_kernels.gated_gradients import triton as gated_gradients
 from pallas_kernels.gated_gradients.triton import refuses
-from pallas_kernels.int4_matmul.triton import block_r
 
 __all__ = ["Config", "gradients", "refuses"]
 
@@ -59,8 +58,9 @@ def gradients(
         # Where dh is not needed any more; each element is read by the program that overwrites it.
         in_place={2: 0},
         **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
+        STAGES=config["num_stages"],
         **{"SCALED": update is not None, "UNSCALED": unscaled is not None},
         **{f"R_{name}": rank for name, rank in ranks.items()},
-        **{f"BLOCK_{name}": block_r(rank) for name, rank in ranks.items()},
+        **{f"BLOCK_{name}": _triton.block_r(rank, summing=unscaled is None) for name, rank in ranks.items()},
     )
     return de, *(part.sum(0) for part in parts)
