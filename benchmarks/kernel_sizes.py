@@ -201,6 +201,14 @@ def _float8_transposed(shape: tuple[int, int]) -> Size:
     return Size(case=case, flops=(flops, flops))
 
 
+def _float8_weight(shape: tuple[int, int]) -> Size:
+    def case(key: Any) -> Case:
+        return Case(arrays={"weight": _packed(key, shape), "scale": jnp.float32(shape[1] ** -0.5 / 64)}, static={}, wrt=())
+
+    flops = 2.0 * math.prod(shape)
+    return Size(case=case, flops=(flops, flops))
+
+
 _RMS, _LAYER = Function("rms_norm", eps=1e-5), Function("layer_norm", eps=1e-6)
 
 SIZES: Mapping[str, Mapping[str, Size]] = {
@@ -250,6 +258,10 @@ SIZES: Mapping[str, Mapping[str, Size]] = {
     "float8_transposed": {
         "14336 x 4096": _float8_transposed((14336, 4096)),
         "4096 x 14336": _float8_transposed((4096, 14336)),
+    },
+    "float8_weight": {
+        "14336 x 4096": _float8_weight((14336, 4096)),
+        "4096 x 14336": _float8_weight((4096, 14336)),
     },
     "linear_cross_entropy": {
         "llama-3.1-8b, 8192 tokens": _cross_entropy(8192, 4096, 128256, weight_grad=False),

@@ -9,6 +9,8 @@ from pallas_kernels.float8_rows import KERNEL as _FLOAT8_ROWS
 from pallas_kernels.float8_rows import float8_rows
 from pallas_kernels.float8_transposed import KERNEL as _FLOAT8_TRANSPOSED
 from pallas_kernels.float8_transposed import float8_transposed
+from pallas_kernels.float8_weight import KERNEL as _FLOAT8_WEIGHT
+from pallas_kernels.float8_weight import float8_weight
 from pallas_kernels.gated_gradients import KERNEL as _GATED_GRADIENTS
 from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.int4_matmul import KERNEL as _INT4_MATMUL
@@ -32,6 +34,7 @@ KERNELS: dict[str, Kernel] = {
         _ATTENTION,
         _FLOAT8_ROWS,
         _FLOAT8_TRANSPOSED,
+        _FLOAT8_WEIGHT,
         _GATED_GRADIENTS,
         _INT4_MATMUL,
         _LINEAR_CROSS_ENTROPY,
@@ -53,6 +56,7 @@ __all__ = [
     "device",
     "float8_rows",
     "float8_transposed",
+    "float8_weight",
     "gated_gradients",
     "int4_matmul",
     "linear_cross_entropy",

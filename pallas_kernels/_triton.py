@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pallas_kernels import _kernel
+from pallas_kernels.packed import Packed
 
 
 @functools.cache
@@ -48,6 +49,12 @@ def block_r(rank: int, *, summing: bool = False) -> int:
     capability = _kernel.device().capability
     wide = summing and capability is not None and capability >= (9, 0)
     return max(64 if wide else 16, 1 << (rank - 1).bit_length())
+
+
+def packed_arrays(weight: Packed) -> tuple[Any, ...]:
+    """(codes, scales, code book, layer) as kernels take them; what there is not, they do not read."""
+    book = weight.scales if weight.code_book is None else weight.code_book
+    return weight.codes, weight.scales, book, weight.scales if weight.layer is None else weight.layer.reshape(1)
 
 
 @functools.cache

@@ -1,8 +1,6 @@
 """4-bit weights as kernels get them, and the decoding that everything shares."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,8 +20,8 @@ class Packed:
     With I' = ``width`` rounded up to 64: ``codes`` is uint8 [O, I'/2], byte k holds columns 2k (low nibble) and 2k + 1; ``scales`` is bf16
     or fp32 [O, I'/64]. A code is the number itself (-8…7, int4) or, with a fp32 ``code_book`` of 16, the place of its value (NF4).
 
-    With a ``layer``, int32 [], ``codes`` is a whole stack [layers, O, I'/2], of which that layer's are meant: `float8_transposed` takes
-    such a weight as it is, for everything else it stands ``alone``.
+    With a ``layer``, int32 [], ``codes`` is a whole stack [layers, O, I'/2], of which that layer's are meant: `float8_weight` and
+    `float8_transposed` take such a weight as it is, for everything else it stands ``alone``.
     """
 
     codes: Any
@@ -57,12 +55,6 @@ class Packed:
         nibbles = (jax.lax.shift_left(self.codes, jnp.uint8(4)), self.codes)
         even, odd = (jax.lax.shift_right_arithmetic(n.astype(jnp.int8), jnp.int8(4)) for n in nibbles)
         return even.astype(jnp.float32) * scales, odd.astype(jnp.float32) * scales
-
-    def over(self, scale: Float[Array, ""], dtype: Any) -> Float[Array, "O columns"]:
-        """w / scale, each element rounded once to a ``dtype`` of 8 bits, [O, I']; padding is code 0."""
-        scales = repeat_each(self.scales_over(scale), GROUP // 4)
-        halves = self.codes[:, 0::2], self.codes[:, 1::2]
-        return four_a_word([self.values(codes >> shift) * scales for codes in halves for shift in (0, 4)], dtype)
 
     def scales_over(self, scale: Float[Array, ""]) -> Float[Array, "O groups"]:
         """The groups' scales / scale in fp32. The barrier: XLA would otherwise divide for each element."""
@@ -108,17 +100,6 @@ def pair(even: Float[Array, "O half"], odd: Float[Array, "O half"]) -> UInt32[Ar
     """
     low, high = (jax.lax.bitcast_convert_type(half.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for half in (even, odd))
     return low | (high << 16)
-
-
-def four_a_word(columns: Sequence[Float[Array, "O quarter"]], dtype: Any) -> Float[Array, "O I"]:
-    """Columns c[0][:, 0], c[1][:, 0], c[2][:, 0], c[3][:, 0], c[0][:, 1], … rounded to a ``dtype`` of 8 bits, by way of 32-bit words.
-
-    XLA has a thread write four elements, whatever their size (14336 x 4096 on an H100: 88 us, and 61 by way of words).
-    """
-    parts = (jax.lax.bitcast_convert_type(each.astype(dtype), jnp.uint8).astype(jnp.uint32) << (8 * i) for i, each in enumerate(columns))
-    # The barrier, as in `unpair`.
-    words = jax.lax.optimization_barrier(functools.reduce(jnp.bitwise_or, parts))
-    return jax.lax.bitcast_convert_type(words, dtype).reshape(words.shape[0], -1)
 
 
 def pair_columns(x: Float[Array, "O I"]) -> UInt32[Array, "O half"]:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float, UInt8, UInt32
-from pallas_kernels.float8_rows import E4M3
 from pallas_kernels.packed import Weight, pair, pair_columns, unpair
 
 type LowRank = tuple[Array, Array]
@@ -52,10 +51,6 @@ class AbstractWeight(abc.ABC):
     @abc.abstractmethod
     def largest(self) -> Float[Array, "*layers"]:
         """A bound of the magnitudes of the weight (of each layer, in a stack), in fp32: reached, or nearly so."""
-
-    def float8(self, scale: Float[Array, ""]) -> Float[Array, "O columns"]:
-        """e4m3(w / scale), rounded once, [O, I'], with zeros where storage pads I to I'."""
-        return (self.dequantise().astype(jnp.float32) / scale).astype(E4M3)
 
     def packed(self) -> Weight | None:
         """The weight as kernels take it; None where none takes it."""

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import AbstractWeight, LowRank, contract_first, contract_last, scale_rows
-from pallas_kernels.float8_rows import LARGEST, float8_rows
+from pallas_kernels.float8_rows import E4M3, LARGEST, float8_rows
 from pallas_kernels.float8_transposed import float8_transposed
+from pallas_kernels.float8_weight import float8_weight
 from pallas_kernels.packed import Packed
 
 # A kernel that rounds rows keeps them in registers: rows of more columns are rounded apart, each weight's under scales of their own.
@@ -101,9 +102,16 @@ class Float8(AbstractWeight):
         """dy @ W (+ u @ a)."""
         return scale_rows(*self.matmul_t_apart([dy]), None if update is None else contract_first(*update))
 
+    def rounded(self) -> Float[Array, "O columns"]:
+        """W₈ [O, I'], with zeros where storage pads I to I'."""
+        packed = self._packed()
+        if packed is None:
+            return (self.base.dequantise().astype(jnp.float32) / self.scale).astype(E4M3)
+        return float8_weight(packed, self.scale)
+
     def matmul_apart(self, x: Float[Array, "N I"]) -> tuple[Float[Array, "N O"], Float[Array, " N"]]:
         """x₈ W₈ᵀ and scale · s, by which its rows are multiplied."""
-        w = self.base.float8(self.scale)
+        w = self.rounded()
         return self._product([jnp.pad(x, ((0, 0), (0, w.shape[1] - x.shape[1])))], w, self.scale)
 
     def matmul_t_apart(
@@ -142,4 +150,4 @@ def _transposed(weights: Sequence[Float8], scale: Float[Array, ""]) -> Float[Arr
     if packed:
         return float8_transposed(packed, scale)
     (alone,) = weights
-    return alone.base.float8(scale).T
+    return alone.rounded().T

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxlora.typing import Array, Float, Int, UInt8, UInt32
 from jaxlora.weights.base import AbstractWeight, LowRank, abstract
 from jaxlora.weights.dense import Dense
-from pallas_kernels.float8_rows import E4M3
 from pallas_kernels.packed import GROUP, Packed, interleave, pair
 
 
@@ -78,10 +77,6 @@ class Int4(AbstractWeight):
     def largest(self) -> Float[Array, "*layers"]:
         """8 · max|scale|: code -8 may occur."""
         return 8 * jnp.max(jnp.abs(self.scales), axis=(-2, -1)).astype(jnp.float32)
-
-    def float8(self, scale: Float[Array, ""]) -> Float[Array, "O columns"]:
-        """From the codes."""
-        return self.packed().over(scale, E4M3)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""

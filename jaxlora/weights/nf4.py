@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from conversion.formats import bnb
 from jaxlora.typing import Array, Float, UInt8, UInt32
 from jaxlora.weights.base import AbstractWeight, abstract
-from pallas_kernels.float8_rows import E4M3
 from pallas_kernels.packed import Packed, interleave, pair, repeat_each
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -127,10 +126,6 @@ class NF4(AbstractWeight):
         if self.codes.ndim > (2 if self.in_rows else 1):
             return jax.vmap(lambda leaf: leaf.largest())(self)
         return jnp.max(jnp.abs(self.code_book)) * jnp.max(jnp.abs(self._scales()))
-
-    def float8(self, scale: Float[Array, ""]) -> Float[Array, "O columns"]:
-        """From the codes where blocks end at row ends."""
-        return self._in_rows().over(scale, E4M3) if self.in_rows else super().float8(scale)
 
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: packed codes are never trained."""

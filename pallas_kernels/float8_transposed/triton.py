@@ -20,7 +20,7 @@ class Config:
 
     BLOCK_M: int = 64
     BLOCK_N: int = 128
-    num_warps: int = 4
+    num_warps: int = 2
     num_stages: int = 1
 
 
@@ -44,7 +44,7 @@ def transposed(weights: Sequence[Packed], scale: Float[Array, ""]) -> Float[Arra
     bands = sum(-(-count // config["BLOCK_M"]) for count in rows)
     words = _triton.call(
         _triton.float8_code().float8_transposed,
-        *(array for weight in [*weights, *[weights[0]] * absent] for array in _arrays(weight)),
+        *(array for weight in [*weights, *[weights[0]] * absent] for array in _triton.packed_arrays(weight)),
         scale.reshape(1),
         out=jax.ShapeDtypeStruct((columns, sum(rows) // 4), jnp.uint32),
         grid=(bands * -(-columns // config["BLOCK_N"]),),
@@ -53,9 +53,3 @@ def transposed(weights: Sequence[Packed], scale: Float[Array, ""]) -> Float[Arra
         **{"WIDTH": columns, "FORMAT": weights[0].format, "STACKED": weights[0].layer is not None},
     )
     return jax.lax.bitcast_convert_type(words, E4M3).reshape(columns, -1)
-
-
-def _arrays(weight: Packed) -> tuple[Array, ...]:
-    """(codes, scales, book, layer); what there is not, the kernel does not read."""
-    book = weight.scales if weight.code_book is None else weight.code_book
-    return weight.codes, weight.scales, book, weight.scales if weight.layer is None else weight.layer.reshape(1)

@@ -18,7 +18,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant("jaxlora/weights/float8.py", "return raw, scales * scale", "return raw, scales", "a product without the weight's scale", FLOAT8),
     Mutant("pallas_kernels/float8_rows/xla.py", "axis=1).astype", "axis=1).max().astype", "one scale for all rows", REFERENCE),
-    Mutant("pallas_kernels/packed.py", "for shift in (0, 4)", "for shift in (4, 0)", "odd columns before even ones", FLOAT8),
+    Mutant("pallas_kernels/float8_weight/xla.py", "for shift in (0, 4)", "for shift in (4, 0)", "odd columns before even ones", FLOAT8),
     Mutant(
         "pallas_kernels/gated_gradients/xla.py",
         "dh.astype(jnp.float32) * scales[:, None]",

@@ -16,6 +16,7 @@ from pallas_kernels.adapted_activation import triton as adapted_backend
 from pallas_kernels.float8_rows import triton as rows_backend
 from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.float8_transposed import triton as turned_backend
+from pallas_kernels.float8_weight import triton as weight_backend
 from pallas_kernels.gated_gradients import triton as gradients_backend
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul import triton as product_backend
@@ -35,6 +36,7 @@ TRITON = {
     "adapted_activation": adapted_backend,
     "float8_rows": rows_backend,
     "float8_transposed": turned_backend,
+    "float8_weight": weight_backend,
     "gated_gradients": gradients_backend,
     "lora_input": input_backend,
     "plain_gradients": plain_backend,
@@ -158,7 +160,7 @@ def assert_near(kernel, ours, value, name):
 
 @pytest.mark.oracle
 def test_triton_kernels_compute_what_the_references_do(monkeypatch, tmp_path):
-    names = [name for name in TRITON if name not in ("lora_input", "float8_transposed")]
+    names = [name for name in TRITON if name not in ("lora_input", "float8_transposed", "float8_weight")]
     for name, kernel, case, outputs in interpreted(names, monkeypatch, tmp_path):
         expected = jax.tree.leaves(kernel.reference(**case.arrays, **case.static))
         # A kernel may have more outputs, for calls that ask for them.
@@ -185,15 +187,18 @@ def test_triton_leaves_room_for_the_columns_of_what_it_makes(monkeypatch, tmp_pa
 
 
 @pytest.mark.oracle
-def test_triton_turns_weights_around(monkeypatch, tmp_path):
-    for name, kernel, case, (words,) in interpreted(["float8_transposed"], monkeypatch, tmp_path):
-        weights, scale = case.arrays["weights"], case.arrays["scale"]
-        exact = jnp.concatenate([reference_decode(weight.alone(), jnp.float32) for weight in weights]).T / scale
+@pytest.mark.parametrize("which", ["float8_transposed", "float8_weight"])
+def test_triton_rounds_weights_and_turns_them_around(which, monkeypatch, tmp_path):
+    for name, kernel, case, (words,) in interpreted([which], monkeypatch, tmp_path):
         ours, value = (np.asarray(a, np.float32) for a in (words.view(ml_dtypes.float8_e4m3fn), kernel.reference(**case.arrays)))
-        assert not ours[len(exact) :].any(), name
+        weights = case.arrays.get("weights") or [case.arrays["weight"]]
+        exact = jnp.concatenate([reference_decode(weight.alone(), jnp.float32) for weight in weights]) / case.arrays["scale"]
+        ours, value = (a.T if kernel.name == "float8_transposed" else a for a in (ours, value))
+        width = weights[0].width
+        assert not ours[:, width:].any(), name
         # The interpreter rounds up what is halfway, and loses the carry of what is rounded to a power of two.
-        near, nearest = (np.abs(a[: len(exact)] - exact) for a in (ours, value))
-        carried = np.frexp(value[: len(exact)])[1] != np.frexp(exact)[1]
+        near, nearest = (np.abs(a[:, :width] - exact) for a in (ours, value))
+        carried = np.frexp(value[:, :width])[1] != np.frexp(exact)[1]
         assert (carried | (near <= nearest + 1e-5 * np.abs(exact))).all() and carried.mean() < 0.05, name
 
 
@@ -215,4 +220,5 @@ class NAMES:
     matmul, matmul_t, gated, gated_gradients = "matmul", "matmul_t", "gated", "gated_gradients"
     plain_gradients, norm_gradient = "plain_gradients", "norm_gradient"
     adapted_activation, float8_rows, float8_transposed = "adapted_activation", "float8_rows", "float8_transposed"
+    float8_weight = "float8_weight"
     activated_input, normed_input = "activated_input", "normed_input"
