@@ -171,12 +171,11 @@ def _adapted_activation(rows: int, columns: int, rank: int, function: Function) 
     wide, biases = function.inputs
 
     def case(key: Any) -> Case:
-        shapes = {"products": (rows, columns), "us": (rows, rank), "bs": (columns, rank)}
-        *keys, last, row = jax.random.split(key, wide * len(shapes) + 2)
-        drawn = [
-            jax.random.normal(k, shape, DTYPE) for k, shape in zip(keys, [s for s in shapes.values() for _ in range(wide)], strict=True)
-        ]
-        arrays: dict[str, Any] = {name: tuple(drawn[wide * i : wide * (i + 1)]) for i, name in enumerate(shapes)}
+        *keys, last, row = jax.random.split(key, 3 * wide + 2)
+        shapes = [shape for shape in ((rows, columns), (rows, rank), (columns, rank)) for _ in range(wide)]
+        drawn = [jax.random.normal(k, shape, DTYPE) for k, shape in zip(keys, shapes, strict=True)]
+        updates = tuple(zip(drawn[wide : 2 * wide], drawn[2 * wide :], strict=True))
+        arrays: dict[str, Any] = {"products": tuple(drawn[:wide]), "updates": updates}
         arrays |= {"scales": (jnp.full(rows, 0.5, jnp.float32),) * wide, "a": jax.random.normal(last, (rank, columns), DTYPE)}
         arrays |= {"bias": jax.random.normal(row, (1, columns), DTYPE)} if biases else {}
         return Case(arrays=arrays, static={"function": function}, wrt=())

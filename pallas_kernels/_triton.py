@@ -6,6 +6,10 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from pallas_kernels import _kernel
 from pallas_kernels.packed import Packed
 
@@ -55,6 +59,14 @@ def packed_arrays(weight: Packed) -> tuple[Any, ...]:
     """(codes, scales, code book, layer) as kernels take them; what there is not, they do not read."""
     book = weight.scales if weight.code_book is None else weight.code_book
     return weight.codes, weight.scales, book, weight.scales if weight.layer is None else weight.layer.reshape(1)
+
+
+def put_beside(h: Float[Array, "N C"], u: Float[Array, "N R"], padding: int | None) -> Float[Array, "N C"]:
+    """h, whose last columns become u and so many zeros, in place; h as it is without any ``padding``."""
+    if padding is None:
+        return h
+    spare = jnp.pad(u, ((0, 0), (0, padding)))
+    return jax.lax.dynamic_update_slice(h, spare, (0, h.shape[1] - spare.shape[1]))
 
 
 @functools.cache

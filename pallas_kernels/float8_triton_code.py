@@ -55,11 +55,11 @@ def float8_rows(
 @triton.jit
 def adapted_activation(
     raw_e, raw_g, e_scales, g_scales, u_e, u_g, b_e, b_g, a, h, u,
-    M: tl.constexpr, N: tl.constexpr, R_E: tl.constexpr, R_G: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, R_E: tl.constexpr, R_G: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h [M, N] = act(e) ∘ g of `adapted_tile`s e and g, or act(e + raw_g) of a row raw_g [1, N] where not ``GATED``.
+    """The first N columns of h [M, WIDTH]: act(e) ∘ g of `adapted_tile`s e and g, or act(e + raw_g) of a row raw_g [1, N] if not ``GATED``.
 
     And u [p, M, R]: the part of h @ aᵀ, a [R, N], over the p-th ``COLUMNS`` columns.
     """
@@ -83,7 +83,7 @@ def adapted_activation(
         else:
             shifted = value + tl.load(raw_g + columns, mask=column_kept, other=0.0).to(tl.float32)[None]
             made = activate(shifted, ACTIVATION).to(dtype)
-        tl.store(h + place, made, mask=kept)
+        tl.store(h + rows[:, None].to(tl.int64) * WIDTH + columns[None], made, mask=kept)
         inside = column_kept[:, None] & (ranks < R)[None]
         acc = tl.dot(made, tl.load(a + ranks[None] * N + columns[:, None], mask=inside, other=0.0), acc)
     place = (part * M + rows)[:, None].to(tl.int64) * R + ranks[None]

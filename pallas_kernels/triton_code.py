@@ -320,10 +320,10 @@ def plain_gradients(
 @triton.jit
 def activated_input(
     e, g, a, both, u,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The first N columns h of both [M, N + R], h = act(e) ∘ g, or act(e + g) of a row g [1, N] where not ``GATED``.
+    """The first N columns h of both [M, WIDTH], h = act(e) ∘ g, or act(e + g) of a row g [1, N] where not ``GATED``.
 
     And u [p, M, R]: the part of h @ aᵀ, a [R, N], over the p-th ``COLUMNS`` columns; summed up as a @ hᵀ.
     """
@@ -342,7 +342,7 @@ def activated_input(
         else:
             shifted = value + tl.load(g + columns, mask=column_kept, other=0.0)[None]
             h = activate(shifted.to(tl.float32), ACTIVATION).to(dtype)
-        tl.store(both + rows[:, None].to(tl.int64) * (N + R) + columns[None], h, mask=kept)
+        tl.store(both + rows[:, None].to(tl.int64) * WIDTH + columns[None], h, mask=kept)
         acc = tl.dot(row_tile(a, columns, column_kept, N, R, BLOCK_R), tl.trans(h), acc)
     place = (part * M + rows)[None].to(tl.int64) * R + ranks[:, None]
     tl.store(u + place, acc, mask=row_kept[None] & (ranks < R)[:, None])
@@ -360,14 +360,14 @@ def row_starts(rows, width, ALIGNED: tl.constexpr):
 def normed_input(
     x, weight, bias, width, both, statistics,
     M: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SPARE: tl.constexpr,
 ):  # fmt: skip
     """both [M, width] = [h, 0] of h = weight · x / rms(x), or weight · (x - mean) / std + bias where ``CENTRED``; a row is one block.
 
     And statistics [M, 1] = 1 / rms, or [M, 2] = (1 / std, mean), in fp32.
     As XLA has it, the quotient is rounded to the weight's dtype before it is scaled, where it is not centred.
     """
-    rows, columns, spare = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), N + tl.arange(0, BLOCK_R)
+    rows, columns, spare = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), N + tl.arange(0, BLOCK_SPARE)
     row_kept, column_kept = rows < M, columns < N
     kept, at, to = row_kept[:, None] & column_kept[None], rows[:, None].to(tl.int64) * N, row_starts(rows, width, ALIGNED)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -386,7 +386,7 @@ def normed_input(
     else:
         h = (normed.to(scale.dtype) * scale[None]).to(dtype)
     tl.store(both + to + columns[None], h, mask=kept)
-    tl.store(both + to + spare[None], tl.zeros((BLOCK_M, BLOCK_R), dtype), mask=row_kept[:, None] & (spare < width)[None])
+    tl.store(both + to + spare[None], tl.zeros((BLOCK_M, BLOCK_SPARE), dtype), mask=row_kept[:, None] & (spare < width)[None])
 
 
 @triton.jit

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlora.nn.mlp_products import mlp_rows
 from jaxlora.nn.pending import Hollow, Pending
-from jaxlora.nn.products import Activation, Inputs, gated_rows, identity, makes_input, mlp_rows, named, project_rows, scaled_by_norm
+from jaxlora.nn.products import Activation, Inputs, gated_rows, identity, makes_input, named, project_rows, scaled_by_norm
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from jaxlora.weights.base import AbstractWeight, abstract, goes_beside
 from jaxlora.weights.dense import Dense

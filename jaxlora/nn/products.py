@@ -1,4 +1,4 @@
-"""Products of adapted weights and their gradients: the custom VJP through which every one goes, and those of whole MLPs.
+"""Products of adapted weights and their gradients: the custom VJP through which every one goes but those of whole MLPs.
 
 Arrays [N, ·] in and out, weights and adapters as values; `jaxlora.nn.linear` has the modules and says which of these a call takes.
 """
@@ -16,7 +16,6 @@ from jaxlora.nn.pending import Hollow
 from jaxlora.typing import Array, PRNGKeyArray
 from jaxlora.weights.base import (
     AbstractWeight,
-    beside,
     contract_first,
     contract_last,
     goes_beside,
@@ -28,32 +27,29 @@ from jaxlora.weights.base import (
     join,
     one_product,
     outer,
+    padded_beside,
+    padding,
     product_beside,
-    scale_rows,
 )
 from jaxlora.weights.lora import LoRA
-from pallas_kernels.adapted_activation import adapted_activation
 from pallas_kernels.functions import Function
-from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.lora_input import KERNEL as INPUT
 from pallas_kernels.lora_input import lora_input
 from pallas_kernels.lora_swiglu import gated
 from pallas_kernels.norm_gradient import KERNEL as NORM_GRADIENT
-from pallas_kernels.plain_gradients import plain_gradients
 
 type Activation = Callable[..., Array]
 type Rates = tuple[float, ...]
 # The last: what `jaxlora.nn.linear.making_inputs` says.
 type How = tuple[Activation, Rates, bool]
 type Inputs = tuple[Array, ...]
-type Pairs = tuple[tuple[Array, Array], ...]
 type Weights = tuple[AbstractWeight, ...]
 type Loras = tuple[LoRA | None, ...]
 
 # From here on, cuBLAS takes a few columns faster transposed (8192 x 14336 x 16 on an H100: 107 us and 156).
 _MANY_CONTRACTED = 8192
 # Below, as in generation, there is too little to read for a kernel to pay.
-_MANY_ROWS = 2048
+MANY_ROWS = 2048
 
 
 def makes_input(how: How, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
@@ -63,7 +59,7 @@ def makes_input(how: How, inputs: Sequence[Any], weights: Weights, loras: Loras)
     """
     act, rates, making = how
     (rows, width), ranks = inputs[0].shape, [lora.rank for lora in loras if lora is not None]
-    if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < _MANY_ROWS:
+    if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < MANY_ROWS:
         return False
     if not (one_product(width, sum(ranks)) and all(w.decoded for w in weights)):
         return False
@@ -77,7 +73,7 @@ def scaled_by_norm(function: Function, inputs: Sequence[Any], weights: Weights, 
     Of inputs, or of their shapes and dtypes.
     """
     x = inputs[0]
-    if x.shape[0] < _MANY_ROWS or all(lora is None for lora in loras) or not weights[0].joins(weights[1:]):
+    if x.shape[0] < MANY_ROWS or all(lora is None for lora in loras) or not weights[0].joins(weights[1:]):
         return False
     scales = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
     return NORM_GRADIENT.choose("auto", inputs, x, x, (scales, x), function=function) != "xla"
@@ -90,29 +86,37 @@ def identity(x: Array) -> Array:
 
 # Layers of different kinds have Linears of the same shapes: what is jitted here is one function of the program, which all of them call.
 @functools.partial(jax.jit, static_argnums=0)
-def _products(
+def all_products(
     how: How, inputs: Inputs, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[tuple[Array, ...], dict[int, Array], Array | None]:
     """The y_i, the columns u_i = A_i drop_i(x) of those with an adapter, and the statistics of a norm whose gradient a kernel makes."""
     act, rates, _ = how
-    if value is None and isinstance(act, Function) and makes_input(how, inputs, weights, loras):
-        pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
-        both, columns, statistics = lora_input(inputs, _stacked_a(pairs, inputs[0].dtype), function=act)
-        us = _kept(dict(enumerate(_split(columns, pairs, axis=1))))
-        return _wide_ys(both, weights, loras, columns), us, None if statistics is None else checkpoint_name(statistics, "lora_u")
+    if value is None and makes_input(how, inputs, weights, loras):
+        both, columns, us, statistics = made_input(act, inputs, loras, beside=True)
+        return _wide_ys(both, weights, loras, columns), us, statistics
     x = act(*inputs) if value is None else value
     # Kept before they are used: a product that is computed again does not need them again.
-    us = _kept(_down(rates, x, loras, keys))
-    return _ys(x, weights, loras, us), us, _statistics(act, inputs, weights)
+    us = kept(down(rates, x, loras, keys))
+    return _ys(x, weights, loras, us), us, norm_statistics(act, inputs, weights)
 
 
-def _statistics(act: Activation, inputs: Inputs, weights: Weights) -> Array | None:
+def made_input(act: Activation, inputs: Inputs, loras: Loras, *, beside: bool) -> tuple[Array, Array, dict[int, Array], Array | None]:
+    """(x = act(*inputs), [x, u, 0] where it is to be ``beside``; u; the u_i; a norm's statistics), as a kernel makes them."""
+    assert isinstance(act, Function)
+    pairs, x = {i: lora for i, lora in enumerate(loras) if lora is not None}, inputs[0]
+    a = _stacked_a(pairs, x.dtype)
+    made, u, statistics = lora_input(inputs, a, function=act, padding=padding(x.shape[1], len(a)) if beside else None)
+    us = kept(dict(enumerate(split(u, pairs, axis=1))))
+    return made, u, us, None if statistics is None else checkpoint_name(statistics, "lora_u")
+
+
+def norm_statistics(act: Activation, inputs: Inputs, weights: Weights) -> Array | None:
     """A norm's statistics, where no kernel makes them but one makes its gradient; None of what is no norm."""
     statistics = act.statistics(inputs[0]) if isinstance(act, Function) and not all(w.decoded for w in weights) else None
     return None if statistics is None else checkpoint_name(statistics, "lora_u")
 
 
-def _kept(us: dict[int, Array]) -> dict[int, Array]:
+def kept(us: dict[int, Array]) -> dict[int, Array]:
     """A few columns a Linear, for which the backward would read x once more."""
     return {i: checkpoint_name(u, "lora_u") for i, u in us.items()}
 
@@ -120,7 +124,7 @@ def _kept(us: dict[int, Array]) -> dict[int, Array]:
 def _forward(
     how: How, inputs: Inputs, hollow: Hollow | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[Array, ...]:
-    return _products(how, inputs, weights, loras, keys, value)[0]
+    return all_products(how, inputs, weights, loras, keys, value)[0]
 
 
 project_rows = jax.custom_vjp(_forward, nondiff_argnums=(0,))
@@ -129,21 +133,21 @@ project_rows = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 def _project_fwd(
     how: How, inputs: Inputs, hollow: Hollow | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[tuple[Array, ...], Any]:
-    ys, us, statistics = _products(how, inputs, weights, loras, keys, value)
-    return ys, (inputs, _marked(hollow), weights, loras, keys, us, statistics)
+    ys, us, statistics = all_products(how, inputs, weights, loras, keys, value)
+    return ys, (inputs, marked(hollow), weights, loras, keys, us, statistics)
 
 
-def _sum_over_rows(act: Activation, inputs: Inputs, statistics: Array | None, x: Array, du: Array) -> Array:
+def sum_over_rows(act: Activation, inputs: Inputs, statistics: Array | None, x: Array, du: Array) -> Array:
     """duᵀ x of x = act(*inputs), which a norm's statistics save from being made."""
     return outer(du, x) if statistics is None or not isinstance(act, Function) else act.sum_over_rows(du, inputs, statistics)
 
 
-def _marked(hollow: Hollow | None) -> Hollow | None:
+def marked(hollow: Hollow | None) -> Hollow | None:
     """Whether there is one, and one that is scaled, in the structure of what is saved: the zeros themselves are not to be kept."""
     return jax.tree.map(lambda _: (), hollow)
 
 
-def _is_scaled(hollow: Hollow | None) -> bool:
+def is_scaled(hollow: Hollow | None) -> bool:
     """Whether there is one, and the gradient that goes there is yet to be scaled."""
     return hollow is not None and hollow.scaled is not None
 
@@ -154,14 +158,14 @@ def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple
         return tuple(named(w.matmul(x)) for w in weights)
     columns, bs = _columns(loras, us, x.dtype)
     if len(us) == len(weights) > 1 and join(weights, x.shape[1], columns.shape[1]):
-        return _wide_ys(beside(x, columns), weights, loras, columns)
+        return _wide_ys(padded_beside(x, columns), weights, loras, columns)
     return tuple(named(w.matmul(x) if b is None else w.matmul(x, (columns, b))) for w, b in zip(weights, bs, strict=True))
 
 
 def _wide_ys(both: Array, weights: Weights, loras: Loras, columns: Array) -> tuple[Array, ...]:
-    """`_ys` of [x, u], where all Linears have adapters."""
+    """`_ys` of [x, u, 0], where all Linears have adapters."""
     bs = [b for b in _padded_b(loras, both.dtype) if b is not None]
-    if len(weights) > 1 and join(weights, both.shape[1] - columns.shape[1], columns.shape[1]):
+    if len(weights) > 1 and join(weights, weights[0].shape[1], columns.shape[1]):
         joined = named(product_beside(weights, both, jnp.concatenate(bs)))
         return tuple(jnp.split(joined, _starts(w.shape[0] for w in weights)[1:-1], axis=1))
     return tuple(named(product_beside((w,), both, b)) for w, b in zip(weights, bs, strict=True))
@@ -181,7 +185,7 @@ def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
     """Each Linear's s·B [O, R], zero at the others' columns; None where there is no adapter."""
     *starts, total = _starts(0 if lora is None else lora.rank for lora in loras)
     return [
-        None if lora is None else jnp.pad(_scaled(lora, dtype), ((0, 0), (at, total - at - lora.rank)))
+        None if lora is None else jnp.pad(scaled_b(lora, dtype), ((0, 0), (at, total - at - lora.rank)))
         for lora, at in zip(loras, starts, strict=True)
     ]
 
@@ -193,14 +197,14 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    wide, du, dus, dbs = _plain_gradients(weights, loras, plain, dys, us, making=making, scaled=_is_scaled(hollow))
+    wide, du, dus, dbs = linear_gradients(weights, loras, plain, dys, us, making=making, scaled=is_scaled(hollow))
     dx = wide.columns[:, : x.shape[1]]
-    das = {} if du is None else dict(zip(plain, _split(_sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
+    das = {} if du is None else dict(zip(plain, split(sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
-    dloras = tuple(None if lora is None else _pair_gradient(lora, das[i], dbs[i]) for i, lora in enumerate(loras))
+    dloras = tuple(None if lora is None else pair_gradient(lora, das[i], dbs[i]) for i, lora in enumerate(loras))
     dinputs, dhollow = (pull(dx), None) if hollow is None else (None, wide)
     return dinputs, dhollow, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
@@ -208,7 +212,7 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
 project_rows.defvjp(_project_fwd, _project_bwd)
 
 
-def _plain_gradients(
+def linear_gradients(
     weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array], *, making: bool, scaled: bool
 ) -> tuple[Hollow, Array | None, dict[int, Array], dict[int, Array]]:
     """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone, each
@@ -229,7 +233,7 @@ def _plain_gradients(
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
         dx, du = gradients_beside(dys, weights, bs, _stacked_a(plain, dtype))
         return Hollow(dx, None), du, {}, dbs
-    dus = {i: _narrow_product(dys[i], _scaled(lora, dtype)) for i, lora in enumerate(loras) if lora is not None}
+    dus = {i: _narrow_product(dys[i], scaled_b(lora, dtype)) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
     update = None if du is None else (du, _stacked_a(plain, dtype))
@@ -253,94 +257,6 @@ def _starts(sizes: Iterable[int]) -> list[int]:
     return [0, *itertools.accumulate(sizes)]
 
 
-def _mlp_forward(
-    how: tuple[Activation, str, bool], inputs: Inputs, hollow: Hollow | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
-) -> Array:
-    return _mlp_fwd(how, inputs, hollow, bias, weights, loras)[0]
-
-
-mlp_rows = jax.custom_vjp(_mlp_forward, nondiff_argnums=(0,))
-
-
-def _mlp_fwd(
-    how: tuple[Activation, str, bool], inputs: Inputs, hollow: Hollow | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
-) -> tuple[Array, Any]:
-    into, activation, making = how
-    if not any(w.decoded for w in weights[:-1]):
-        y, ys, scales, us, last_u = _mlp_apart(into, activation, inputs, bias, weights, loras)
-        return y, (inputs, _marked(hollow), ys, scales, bias, us, last_u, weights, loras, _statistics(into, inputs, weights))
-    rates, keys = (0.0,) * (len(weights) - 1), (None,) * (len(weights) - 1)
-    ys, us, statistics = _products((into, rates, making), inputs, weights[:-1], loras[:-1], keys, None)
-    act, wide = _activation(activation, ys, bias)
-    (y,), last_us, _ = _products((act, (0.0,), making), wide, weights[-1:], loras[-1:], (None,), None)
-    return y, (inputs, _marked(hollow), ys, None, bias, us, last_us[0], weights, loras, statistics)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _mlp_apart(
-    into: Activation, activation: str, inputs: Inputs, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
-) -> tuple[Array, Inputs, Inputs, dict[int, Array], Array]:
-    """(y, the first products as they are, the scales of their rows, their adapters' columns, the last one's), where such scales remain."""
-    x, first, last = into(*inputs), loras[:-1], loras[-1]
-    us = _kept(_down((0.0,) * len(first), x, first, None))
-    products, scales = zip(*filter(None, (w.matmul_apart(x) for w in weights[:-1])), strict=True)
-    bs, (function, _) = [_scaled(lora, x.dtype) for lora in first], _activation(activation, products, bias)
-    h, u = adapted_activation(products, scales, [*us.values()], bs, last.a.astype(x.dtype), function=function, bias=bias)
-    # Kept as they are: their updates and scales are few columns, and the backward's pass adds them again.
-    u, *few = (checkpoint_name(each, "lora_u") for each in (u, *scales))
-    return named(weights[-1].matmul(h, (u, _scaled(last, x.dtype)))), tuple(map(named, products)), tuple(few), us, u
-
-
-def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Function, Inputs]:
-    """What makes h, and of what."""
-    return (Function("gated", activation), ys) if bias is None else (Function("plain", activation), (*ys, bias))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _mlp_bwd(how: tuple[Activation, str, bool], residuals: Any, dy: Array) -> tuple[Any, ...]:
-    into, activation, making = how
-    inputs, hollow, ys, scales, bias, us, last_u, weights, loras, statistics = residuals
-    first, last = loras[:-1], loras[-1]
-    unscaled = None if scales is None else tuple((s, _scaled(lora, dy.dtype)) for s, lora in zip(scales, first, strict=True))
-    dys, dbs, da_last = _wide_gradients(activation, ys, unscaled, bias, tuple(us.values()), weights[-1], last, dy)
-    pairs, (x, pull) = dict(enumerate(first)), jax.vjp(into, *inputs)
-    dx, both, *_ = _plain_gradients(weights[:-1], first, pairs, dys, us, making=making, scaled=_is_scaled(hollow))
-    assert both is not None
-    das = _split(_sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
-    dloras = [_pair_gradient(lora, da, db) for lora, da, db in zip(first, das, dbs, strict=True)]
-    # Only where a weight is trained is h computed once more.
-    if unscaled is not None:
-        ys = tuple(scale_rows(z, s, contract_last(u, b)) for z, (s, b), u in zip(ys, unscaled, us.values(), strict=True))
-    act, wide = _activation(activation, ys, bias)
-    dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, (*((x, each) for each in dys), (act(*wide), dy)), strict=True))
-    dbias = None if bias is None else dys[0].astype(jnp.float32).sum(0, keepdims=True).astype(bias.dtype)
-    dinputs, dhollow = (pull(dx.columns[:, : x.shape[1]]), None) if hollow is None else (None, dx)
-    return dinputs, dhollow, dbias, dweights, (*dloras, _pair_gradient(last, da_last, outer(dy, last_u)))
-
-
-def _wide_gradients(
-    activation: str, ys: Inputs, bs: Pairs | None, bias: Array | None, us: Inputs, weight: AbstractWeight, lora: LoRA, dy: Array
-) -> tuple[Inputs, Inputs, Array]:
-    """(the gradients by an MLP's first products, their adapters' dyᵀ u, the duᵀ h of the last one, of ``weight`` and ``lora``).
-
-    What comes to h, and first products that are yet to be scaled (by ``bs``, also their s·B), are scaled by the kernel that makes all this.
-    """
-    du, a = dy @ _scaled(lora, dy.dtype), lora.a.astype(dy.dtype)
-    apart = weight.matmul_t_apart((dy,))
-    if bias is None:
-        (e, g), (u_gate, u_up) = ys, us
-        dh, scales = apart or (input_gradient((weight,), (dy,)), None)
-        de, dg, *dbs, da = gated_gradients(e, g, dh, u_gate, u_up, du, a, scales=scales, unscaled=bs, activation=activation)
-        return (de, dg), tuple(dbs), da
-    # To a product of its own this kernel would lose more by adding the adapter's part than the product does by copying dy beside du.
-    dh, update = (input_gradient((weight,), (dy,), (du, a)), None) if apart is None else (apart[0], (apart[1], a))
-    de, db, da = plain_gradients(ys[0], bias, dh, us[0], du, update=update, unscaled=None if bs is None else bs[0], activation=activation)
-    return (de,), (db,), da
-
-
-mlp_rows.defvjp(_mlp_fwd, _mlp_bwd)
-
-
 def _gated_forward(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -> tuple[Array, Array, Array]:
     return _gated_fwd(how, x, weights, loras)[0]
 
@@ -350,7 +266,7 @@ gated_rows = jax.custom_vjp(_gated_forward, nondiff_argnums=(0,))
 
 def _gated_fwd(how: tuple[str, str], x: Array, weights: Weights, loras: Loras) -> tuple[tuple[Array, Array, Array], Any]:
     activation, backend = how
-    us = _kept(_down((0.0, 0.0), x, loras, None))
+    us = kept(down((0.0, 0.0), x, loras, None))
     columns, bs = _columns(loras, us, x.dtype) if us else (None, [])
     update: Any = (columns, *bs) if us else None
     gate, up = (w.packed() for w in weights)
@@ -367,17 +283,17 @@ def _gated_bwd(how: tuple[str, str], residuals: Any, cotangents: tuple[Array, Ar
 gated_rows.defvjp(_gated_fwd, _gated_bwd)
 
 
-def _down(rates: Rates, x: Array, loras: Loras, keys: Any) -> dict[int, Array]:
+def down(rates: Rates, x: Array, loras: Loras, keys: Any) -> dict[int, Array]:
     """u_i = A_i drop_i(x) [N, R_i] of each adapted Linear; the undropped ones as one product."""
     plain = {i: lora for i, lora in enumerate(loras) if lora is not None and not rates[i]}
-    us = dict(zip(plain, _split(contract_last(x, _stacked_a(plain, x.dtype)), plain, axis=1), strict=True)) if plain else {}
+    us = dict(zip(plain, split(contract_last(x, _stacked_a(plain, x.dtype)), plain, axis=1), strict=True)) if plain else {}
     for i, lora in enumerate(loras):
         if lora is not None and rates[i]:
             us[i] = contract_last(x * _keep(keys[i], rates[i], x), lora.a.astype(x.dtype))
     return us
 
 
-def _scaled(lora: LoRA, dtype: Any) -> Array:
+def scaled_b(lora: LoRA, dtype: Any) -> Array:
     """s·B, scaled in fp32 and rounded once."""
     return (lora.scale * lora.b).astype(dtype)
 
@@ -386,11 +302,12 @@ def _stacked_a(loras: Mapping[int, LoRA], dtype: Any) -> Array:
     return jnp.concatenate([lora.a for lora in loras.values()]).astype(dtype)
 
 
-def _split(stacked: Array, loras: Mapping[int, LoRA], *, axis: int) -> list[Array]:
+def split(stacked: Array, loras: Mapping[int, LoRA], *, axis: int) -> list[Array]:
+    """Each adapter's part of what is stacked by rank."""
     return jnp.split(stacked, _starts(lora.rank for lora in loras.values())[1:-1], axis=axis)
 
 
-def _pair_gradient(lora: LoRA, da: Array, db: Array) -> LoRA:
+def pair_gradient(lora: LoRA, da: Array, db: Array) -> LoRA:
     """Of the sums over the rows da = duᵀ x and db = dyᵀ u."""
     return LoRA(da.astype(lora.a.dtype), (lora.scale * db).astype(lora.b.dtype), jnp.zeros_like(lora.scale))
 

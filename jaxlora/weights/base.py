@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,8 +70,8 @@ class AbstractWeight(abc.ABC):
         """One leaf that stores this weight and, below it, the others; None where the format cannot say that."""
         return None
 
-    def numbered(self) -> "AbstractWeight":
-        """This stack, with whatever its layers need to find themselves in it."""
+    def numbered(self, *, known: bool = False) -> "AbstractWeight":
+        """This stack, with whatever its layers need to find themselves in it; ``known``: XLA will know each one's number."""
         return self
 
     def within(self, stack: "AbstractWeight") -> "AbstractWeight":
@@ -87,13 +88,13 @@ class AbstractWeight(abc.ABC):
             return contract_last(x, self.dequantise().astype(x.dtype))
         u, b = update
         if self.shape[0] >= self.shape[1] and one_product(x.shape[1], u.shape[1]):
-            return product_beside((self,), beside(x, u), b)
+            return product_beside((self,), padded_beside(x, u), b)
         return contract_last(x, self.dequantise().astype(x.dtype)) + contract_last(u, b)
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W, plus u @ a where an update (u [N, R], a [R, I]) is given; in dy's dtype. This is the input's gradient."""
         if update is not None and self.shape[1] >= self.shape[0] and one_product(dy.shape[1], update[0].shape[1]):
-            return contract_first(beside(dy, update[0]), stacked((self,), dy.dtype, below=update[1]))
+            return gradient_beside((self,), padded_beside(dy, update[0]), update[1])
         dx = contract_first(dy, stacked((self,), dy.dtype))
         return dx if update is None else dx + contract_first(*update)
 
@@ -119,14 +120,23 @@ def is_weight(leaf: Any) -> bool:
 
 
 def join(weights: Sequence[AbstractWeight], width: int, columns: int) -> bool:
-    """Whether the products of one x are better made as one: outputs not much wider than x, of codes that are decoded in one pass."""
+    """Whether the products of one x are better made as one: outputs not much wider than x, of weights that are decoded in one pass."""
     narrow, decoded = sum(w.shape[0] for w in weights) <= 2 * width, all(w.decoded for w in weights)
-    return narrow and decoded and one_product(width, columns) and weights[0].above(weights[1:]) is not None
+    if not (narrow and decoded and one_product(width, columns)):
+        return False
+    return all(w.words() is not None for w in weights) or weights[0].above(weights[1:]) is not None
 
 
 def product_beside(weights: Sequence[AbstractWeight], both: Float[Array, "N C"], b: Float[Array, "O R"]) -> Float[Array, "N O"]:
-    """The products x @ W_iᵀ side by side, plus u @ bᵀ of an update, for both = [x, u]; O is all the weights' outputs."""
-    return contract_last(both, stacked(weights, both.dtype, right=b))
+    """The products x @ W_iᵀ side by side, plus u @ bᵀ of an update, for both = [x, u, 0]; O is all the weights' outputs."""
+    spare = both.shape[1] - weights[0].shape[1] - b.shape[1]
+    return contract_last(both, stacked(weights, both.dtype, right=jnp.pad(b, ((0, 0), (0, spare)))))
+
+
+def gradient_beside(weights: Sequence[AbstractWeight], both: Float[Array, "N C"], a: Float[Array, "R I"]) -> Float[Array, "N I"]:
+    """Σ dy_i @ W_i, plus u @ a of an update, for both = [dy_1, …, u, 0]."""
+    spare = both.shape[1] - sum(w.shape[0] for w in weights) - len(a)
+    return contract_first(both, stacked(weights, both.dtype, below=jnp.pad(a, ((0, spare), (0, 0)))))
 
 
 def input_gradient(
@@ -140,8 +150,9 @@ def input_gradient(
     if apart is not None:
         return scale_rows(*apart, None if update is None else contract_first(*update))
     if goes_together(weights, 0 if update is None else update[0].shape[1]):
-        u, a = ([], None) if update is None else ([update[0]], update[1])
-        return contract_first(beside(*dys, *u), stacked(weights, dys[0].dtype, below=a))
+        if update is None:
+            return contract_first(beside(*dys), stacked(weights, dys[0].dtype))
+        return gradient_beside(weights, padded_beside(*dys, update[0]), update[1])
     dx = weights[0].matmul_t(dys[0], update)
     for w, dy in zip(weights[1:], dys[1:], strict=True):
         # In this order XLA has the second product add to the first in place.
@@ -186,15 +197,16 @@ def gradients_together(
     columns: Sequence[Float[Array, "_ R"]],
     rows: Float[Array, "R I"],
 ) -> tuple[Float[Array, "N I"], Float[Array, "N R"], Float[Array, "N C"]]:
-    """(Σ dy_i @ W_i + du @ rows, du, [dy_1, …, du]), du = Σ dy_i @ b_i for columns b_i [O_i, R]: one product of one array.
+    """(Σ dy_i @ W_i + du @ rows, du, [dy_1, …, du, 0]), du = Σ dy_i @ b_i for columns b_i [O_i, R]: one product of one array.
 
     What makes the dys writes them where they are multiplied; du is put beside them.
     """
-    rank = rows.shape[0]
-    both = beside(*dys, jnp.zeros((len(dys[0]), rank), dys[0].dtype), made=True)
-    du = contract_first(both, jnp.concatenate([*columns, jnp.zeros((rank, rank), both.dtype)]))
-    both = jax.lax.dynamic_update_slice(both, du, (0, both.shape[1] - rank))
-    return contract_first(both, stacked(weights, both.dtype, below=rows)), du, both
+    width, rank = sum(dy.shape[1] for dy in dys), rows.shape[0]
+    spare = rank + padding(width, rank)
+    both = beside(*dys, jnp.zeros((len(dys[0]), spare), dys[0].dtype), made=True)
+    du = contract_first(both, jnp.concatenate([*columns, jnp.zeros((spare, rank), both.dtype)]))
+    both = jax.lax.dynamic_update_slice(both, du, (0, width))
+    return gradient_beside(weights, both, rows), du, both
 
 
 def goes_together(weights: Sequence[AbstractWeight], columns: int) -> bool:
@@ -217,18 +229,20 @@ def stacked(
     weights: Sequence[AbstractWeight], dtype: Any, *, right: Float[Array, "O R"] | None = None, below: Float[Array, "R I"] | None = None
 ) -> Float[Array, "rows columns"]:
     """The decoded weights on top of each other, with more columns to the right or more rows below, written in one pass."""
-    # One decoding of joined codes: XLA would write the decoded parts with a branch for each element.
-    joined = weights[0].above(weights[1:]) if len(weights) > 1 else None
-    weights = weights if joined is None else (joined,)
     words = [w.words() if jnp.dtype(dtype) == jnp.bfloat16 else None for w in weights]
     paired = [part for part in words if part is not None]
     if len(paired) == len(weights):
         parts, pack, unpack = paired, pair_columns, unpair
     else:
-        # The barrier: XLA would decode the weight again in every tile of the product.
-        parts, pack, unpack = [w.dequantise().astype(dtype) for w in weights], lambda x: x, jax.lax.optimization_barrier
-    array = jnp.concatenate([*parts, *([] if below is None else [pack(below.astype(dtype))])])
-    return unpack(array if right is None else jnp.concatenate([array, pack(right.astype(dtype))], axis=1))
+        # One decoding of joined codes, where the format can say that; the barrier: XLA would decode again in every tile of the product.
+        joined = weights[0].above(weights[1:]) if len(weights) > 1 else None
+        parts = [w.dequantise().astype(dtype) for w in (weights if joined is None else (joined,))]
+        pack, unpack = lambda x: x, jax.lax.optimization_barrier
+    if right is not None:
+        beyond, starts = pack(right.astype(dtype)), itertools.accumulate(map(len, parts), initial=0)
+        # Rows last: parts on top of each other XLA writes without a branch for each element.
+        parts = [jnp.concatenate([part, beyond[at : at + len(part)]], axis=1) for part, at in zip(parts, starts, strict=False)]
+    return unpack(jnp.concatenate([*parts, *([] if below is None else [pack(below.astype(dtype))])]))
 
 
 def beside(*parts: Float[Array, "N _"], made: bool = False) -> Float[Array, "N C"]:
@@ -241,6 +255,19 @@ def beside(*parts: Float[Array, "N _"], made: bool = False) -> Float[Array, "N C
     # XLA fuses nothing across a bitcast to another width.
     words = [pair(part[:, 0::2], part[:, 1::2]) if made else pair_columns(part) for part in parts]
     return unpair(jnp.concatenate(words, axis=1))
+
+
+def padded_beside(*parts: Float[Array, "N _"]) -> Float[Array, "N C"]:
+    """`beside`, with columns of zeros behind the last part that make products faster."""
+    *wide, last = (part.shape[1] for part in parts)
+    spare = padding(sum(wide), last)
+    return beside(*parts, *([jnp.zeros((len(parts[0]), spare), parts[0].dtype)] if spare else []))
+
+
+def padding(width: int, columns: int) -> int:
+    """Columns of zeros behind an array of that width and so many columns more. Whole 128 bytes a row are worth it to cuBLAS's products:
+    on an H200 14,352 contracted columns of bf16 take 1,483 us, 14,400 take 1,446 and 14,336 take 1,440."""
+    return -(width + columns) % 64
 
 
 def contract_last(x: Float[Array, "N I"], w: Float[Array, "O I"]) -> Float[Array, "N O"]:

@@ -77,7 +77,7 @@ class Float8(AbstractWeight):
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> None:
         """None: it is never trained."""
 
-    def numbered(self) -> "Float8":
+    def numbered(self, *, known: bool = False) -> "Float8":
         """Each with its layer's number, where the codes are those of a stack."""
         if self.scale.ndim == 0 or self.base.code_rows is None:
             return self

@@ -42,18 +42,20 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 def made(
     products: Sequence[Array],
     scales: Sequence[Array],
-    us: Sequence[Array],
-    bs: Sequence[Array],
+    updates: Sequence[tuple[Array, Array]],
     a: Float[Array, "R F"],
     bias: Array | None,
     function: Function,
+    padding: int | None,
 ) -> tuple[Array, Array]:
     """As `adapted_activation` returns them."""
+    us, bs = zip(*updates, strict=True)
     (rows, columns), ranks = products[0].shape, {"R_E": us[0].shape[1], "R_G": us[-1].shape[1], "R": a.shape[0]}
     kind = Config if bias is None else PlainConfig
     config = dataclasses.asdict(_tuned.config("adapted_activation", "triton", kind, (rows, columns, ranks["R"])))
     splits = config.pop("SPLITS")
-    constants: dict[str, Any] = {"M": rows, "N": columns, "GATED": bias is None, "ACTIVATION": function.activation, **ranks}
+    width = columns if padding is None else columns + ranks["R"] + padding
+    constants: dict[str, Any] = {"M": rows, "N": columns, "WIDTH": width, "GATED": bias is None, "ACTIVATION": function.activation, **ranks}
     constants |= {
         "BLOCK_E": _triton.block_r(ranks["R_E"]),
         "BLOCK_G": _triton.block_r(ranks["R_G"]),
@@ -65,11 +67,12 @@ def made(
         *(products[0], products[-1] if bias is None else bias),
         *(each for pair in (scales, us, bs) for each in (pair[0], pair[-1])),
         a,
-        out=(jax.ShapeDtypeStruct((rows, columns), a.dtype), jax.ShapeDtypeStruct((splits, rows, ranks["R"]), jnp.float32)),
+        out=(jax.ShapeDtypeStruct((rows, width), a.dtype), jax.ShapeDtypeStruct((splits, rows, ranks["R"]), jnp.float32)),
         grid=(-(-rows // config["BLOCK_M"]) * splits,),
         config=config,
         COLUMNS=-(-columns // (splits * config["BLOCK_N"])) * config["BLOCK_N"],
         STAGES=config["num_stages"],
         **constants,
     )
-    return h, parts.sum(0).astype(a.dtype)
+    u = parts.sum(0).astype(a.dtype)
+    return _triton.put_beside(h, u, padding), u

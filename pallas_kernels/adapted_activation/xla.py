@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.functions import Function
+from pallas_kernels.lora_input.xla import beside
 
 
 def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
@@ -18,16 +19,17 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 def made(
     products: Sequence[Array],
     scales: Sequence[Array],
-    us: Sequence[Array],
-    bs: Sequence[Array],
+    updates: Sequence[tuple[Array, Array]],
     a: Float[Array, "R F"],
     bias: Array | None,
     function: Function,
+    padding: int | None,
 ) -> tuple[Array, Array]:
     """As `adapted_activation` returns them."""
-    finished = (adapted(*each) for each in zip(products, scales, us, bs, strict=True))
+    finished = (adapted(z, s, *update) for z, s, update in zip(products, scales, updates, strict=True))
     h = function(*finished, *(() if bias is None else (bias,)))
-    return h, _contracted(h, a)
+    u = _contracted(h, a)
+    return beside(h, u, padding), u
 
 
 def adapted(z: Float[Array, "N F"], scales: Float[Array, " N"], u: Float[Array, "N R"], b: Float[Array, "F R"]) -> Float[Array, "N F"]:

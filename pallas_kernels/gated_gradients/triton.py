@@ -21,13 +21,6 @@ class Config:
     num_stages: int = 3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UnscaledConfig(Config):
-    """With more to do in a tile, more parts are to be under way."""
-
-    SPLITS: int = 16
-
-
 def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
     """Why Triton cannot run this call here, or None."""
     if e.dtype != jnp.bfloat16:
@@ -49,8 +42,7 @@ def gradients(
 ) -> Any:
     """As `gated_gradients` returns them."""
     rows, columns = dh.shape
-    kind = Config if unscaled is None else UnscaledConfig
-    config = dataclasses.asdict(_tuned.config("gated_gradients", "triton", kind, (rows, columns, du.shape[1])))
+    config = dataclasses.asdict(_tuned.config("gated_gradients", "triton", Config, (rows, columns, du.shape[1])))
     splits = config.pop("SPLITS")
     ranks = [u.shape[1] for u in (*us, du)]
     wide = jax.ShapeDtypeStruct(dh.shape, dh.dtype)

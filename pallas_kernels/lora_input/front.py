@@ -18,11 +18,17 @@ _BACKENDS = {"triton": triton, "xla": xla}
 
 
 def lora_input(
-    inputs: Sequence[Float[Array, "_ F"]], a: Float[Array, "R F"], *, function: Function, backend: str = "auto"
+    inputs: Sequence[Float[Array, "_ F"]],
+    a: Float[Array, "R F"],
+    *,
+    function: Function,
+    padding: int | None = 0,
+    backend: str = "auto",
 ) -> tuple[Float[Array, "N C"], Float[Array, "N R"], Float[Array, "N S"] | None]:
-    """([h, u], u, statistics) of h = function(*inputs) [N, F] and u = h @ aᵀ: what Linears with the adapters a take, in one array.
+    """([h, u, 0], u, statistics) of h = function(*inputs) [N, F] and u = h @ aᵀ: what Linears with the adapters a take, in one array.
 
-    y = h Wᵀ + u Bᵀ is then [h, u] @ [W, B]ᵀ, one product that reads h once and adds the adapters' part in fp32. h is rounded to the
+    y = h Wᵀ + u Bᵀ is then [h, u] @ [W, B]ᵀ, one product that reads h once and adds the adapters' part in fp32; so many columns of zeros as
+    ``padding`` says are behind it, and without one h comes alone. h is rounded to the
     dtype of the inputs before it is multiplied by a; u is accumulated in fp32 and rounded once. On a GPU one kernel reads the inputs and
     writes both, so that h is neither read again for u nor copied beside it. ``statistics`` are the function's, for its backward. There is
     no gradient: whoever uses it differentiates ``function``.
@@ -37,10 +43,10 @@ def lora_input(
       NotImplementedError: the named backend cannot run this call; the text says why.
     """
     _check(inputs, a, function)
-    return _BACKENDS[KERNEL.choose(backend, inputs, a, function=function)].columns(function, inputs, a)
+    return _BACKENDS[KERNEL.choose(backend, inputs, a, function=function, padding=padding)].columns(function, inputs, a, padding)
 
 
-def reference(inputs: Sequence[Array], a: Array, *, function: Function) -> tuple[Array, Array, Array | None]:
+def reference(inputs: Sequence[Array], a: Array, *, function: Function, padding: int | None = 0) -> tuple[Array, Array, Array | None]:
     """The arguments and results of `lora_input`, computed in fp32."""
     first, *others = (x.astype(jnp.float32) for x in inputs)
     statistics = []
@@ -56,7 +62,8 @@ def reference(inputs: Sequence[Array], a: Array, *, function: Function) -> tuple
         case "gated":
             h = ACTIVATIONS[function.activation](first) * others[0]
     u = h @ a.astype(jnp.float32).T
-    made = jnp.concatenate([h, u], axis=1).astype(a.dtype), u.astype(a.dtype)
+    both = h if padding is None else jnp.pad(jnp.concatenate([h, u], axis=1), ((0, 0), (0, padding)))
+    made = both.astype(a.dtype), u.astype(a.dtype)
     return *made, jnp.stack([statistics[0] ** -0.5, *statistics[1:]], axis=1) if statistics else None
 
 
@@ -79,18 +86,18 @@ def _check(inputs: Sequence[Array], a: Array, function: Function) -> None:
         raise ValueError("; ".join(faults))
 
 
-def _refuses(backend: str, inputs: Any, a: Any, *, function: Function) -> str | None:
+def _refuses(backend: str, inputs: Any, a: Any, *, function: Function, padding: int | None = 0) -> str | None:
     """Of arrays, or of their shapes and dtypes."""
     return _BACKENDS[backend].refuses(function, inputs[0], a.shape[0])
 
 
-def _case(dtype: Any, *, rows: int, columns: int, rank: int, function: Function, weight: Any = None) -> Case:
+def _case(dtype: Any, *, rows: int, columns: int, rank: int, function: Function, weight: Any = None, padding: int | None = 0) -> Case:
     draw = np.random.default_rng(0)
     wide, narrow = function.inputs
     inputs = [jnp.asarray(draw.standard_normal((rows, columns)) + 0.5, dtype) for _ in range(wide)]
     inputs += [jnp.asarray(draw.standard_normal((1, columns)), weight or dtype) for _ in range(narrow)]
     a = jnp.asarray(draw.standard_normal((rank, columns)), dtype)
-    return Case(arrays={"inputs": tuple(inputs), "a": a}, static={"function": function}, wrt=())
+    return Case(arrays={"inputs": tuple(inputs), "a": a}, static={"function": function, "padding": padding}, wrt=())
 
 
 _RMS, _LAYER = Function("rms_norm", eps=1e-5), Function("layer_norm", eps=1e-6)
@@ -103,6 +110,10 @@ CASES = {
     "gelu": functools.partial(_case, rows=32, columns=256, rank=16, function=Function("plain", "gelu")),
     "gelu_tanh": functools.partial(_case, rows=32, columns=256, rank=16, function=Function("plain", "gelu_tanh")),
     "quick_gelu": functools.partial(_case, rows=64, columns=256, rank=16, function=Function("plain", "quick_gelu")),
+    "norm_alone": functools.partial(_case, rows=64, columns=512, rank=16, function=_RMS, padding=None),
+    "padded_norm": functools.partial(_case, rows=64, columns=320, rank=80, function=_LAYER, padding=48),
+    "padded_gated": functools.partial(_case, rows=64, columns=512, rank=16, function=Function("gated", "silu"), padding=48),
+    "plain_alone": functools.partial(_case, rows=37, columns=75, rank=5, function=Function("plain", "gelu"), padding=None),
     "ragged_norm": functools.partial(_case, rows=37, columns=75, rank=5, function=_LAYER),
     "ragged_rms": functools.partial(_case, rows=19, columns=300, rank=20, function=_RMS),
     "ragged_gated": functools.partial(_case, rows=37, columns=275, rank=48, function=Function("gated", "silu")),

@@ -12,6 +12,8 @@ from pallas_kernels import _triton, _tuned
 from pallas_kernels.functions import Function
 
 _MOST_COLUMNS = 128
+# As many columns behind h are written by one kernel, of whatever width.
+_SPARE = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +48,14 @@ def refuses(function: Function, x: Any, rank: int) -> str | None:
     return _triton.refuses()
 
 
-def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"]) -> tuple[Array, Array, Array | None]:
+def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"], padding: int | None) -> tuple[Array, Array, Array | None]:
     """As `lora_input` returns them."""
     (rows, width), rank = inputs[0].shape, a.shape[0]
     kind = PlainConfig if function.form == "plain" else Config
     config = dataclasses.asdict(_tuned.config("lora_input", "triton", kind, (rows, width, rank)))
     splits, norm_rows = config.pop("SPLITS"), config.pop("NORM_ROWS")
-    both = jax.ShapeDtypeStruct((rows, width + rank), a.dtype)
+    spare = 0 if padding is None else rank + padding
+    both = jax.ShapeDtypeStruct((rows, width + spare), a.dtype)
     if function.form in ("plain", "gated"):
         both, parts = _triton.call(
             _triton.device_code().activated_input,
@@ -60,7 +63,7 @@ def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"])
             out=(both, jax.ShapeDtypeStruct((splits, rows, rank), jnp.float32)),
             grid=(-(-rows // config["BLOCK_M"]) * splits,),
             config=config,
-            **{"M": rows, "N": width, "R": rank, "BLOCK_R": _triton.block_r(rank, summing=True)},
+            **{"M": rows, "N": width, "WIDTH": width + spare, "R": rank, "BLOCK_R": _triton.block_r(rank, summing=True)},
             **{"COLUMNS": -(-width // (splits * config["BLOCK_N"])) * config["BLOCK_N"]},
             **{"GATED": function.form == "gated", "ACTIVATION": function.activation},
         )
@@ -74,9 +77,9 @@ def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"])
             out=(both, jax.ShapeDtypeStruct((rows, 2 if function.form == "layer_norm" else 1), jnp.float32)),
             grid=(-(-rows // norm_rows),),
             config={**config, "BLOCK_M": norm_rows, "BLOCK_N": 1 << (width - 1).bit_length()},
-            **{"M": rows, "N": width, "BLOCK_R": _MOST_COLUMNS, "ALIGNED": both.shape[1] % 16 == 0},
+            **{"M": rows, "N": width, "BLOCK_SPARE": max(_SPARE, _triton.block_r(spare)), "ALIGNED": both.shape[1] % 16 == 0},
             **{"CENTRED": function.form == "layer_norm", "EPS": function.eps},
         )
         # With zeros below a: a slice of `both` would be copied.
-        u = jax.lax.dot_general(both, jnp.pad(a, ((0, 0), (0, rank))), (((1,), (1,)), ((), ())))
-    return jax.lax.dynamic_update_slice(both, u, (0, width)), u, statistics
+        u = jax.lax.dot_general(both, jnp.pad(a, ((0, 0), (0, spare))), (((1,), (1,)), ((), ())))
+    return _triton.put_beside(both, u, padding), u, statistics

@@ -5,22 +5,23 @@ import dataclasses
 import pytest
 
 from jaxlora.nn import linear as linear_module
+from jaxlora.nn import mlp_products as mlp_module
 from jaxlora.nn import pending as pending_module
 from jaxlora.nn import products as products_module
 from jaxlora.weights import base as base_module
 
 KERNELS = {
     "lora_input": (products_module, (products_module, "INPUT")),
-    "adapted_activation": (products_module, None),
-    "gated_gradients": (products_module, (linear_module, "GRADIENTS")),
-    "plain_gradients": (products_module, (linear_module, "PLAIN_GRADIENTS")),
+    "adapted_activation": (mlp_module, (mlp_module, "ADAPTED")),
+    "gated_gradients": (mlp_module, (linear_module, "GRADIENTS")),
+    "plain_gradients": (mlp_module, (linear_module, "PLAIN_GRADIENTS")),
     "norm_gradient": (pending_module, (products_module, "NORM_GRADIENT")),
 }
 TRACES = (
-    products_module._products,
+    products_module.all_products,
     products_module._project_bwd,
-    products_module._mlp_apart,
-    products_module._mlp_bwd,
+    mlp_module._mlp_apart,
+    mlp_module._mlp_bwd,
     pending_module._fork_bwd,
 )
 
@@ -49,9 +50,10 @@ def in_one_pass(monkeypatch):
                 kernel = getattr(*record)
                 monkeypatch.setattr(*record, dataclasses.replace(kernel, refuses=lambda name, *_, **__: None))
         if "lora_input" in names:
-            for module in (base_module, products_module):
+            for module in (base_module, products_module, mlp_module):
                 monkeypatch.setattr(module, "one_product", lambda width, columns: True)
-            monkeypatch.setattr(products_module, "_MANY_ROWS", 1)
+            for module in (products_module, mlp_module):
+                monkeypatch.setattr(module, "MANY_ROWS", 1)
         return ran
 
     def forget():

@@ -28,8 +28,8 @@ LAYER_MUTANTS = [
     Mutant("jaxlora/nn/pending.py", "columns, past.reshape", "columns, 0 * past.reshape", "what comes past a norm is lost", PENDING),
     Mutant(
         "jaxlora/nn/products.py",
-        "us = _kept(_down(rates, x, loras, keys))",
-        "us = _down(rates, x, loras, keys)",
+        "us = kept(down(rates, x, loras, keys))",
+        "us = down(rates, x, loras, keys)",
         "adapters' columns are computed again",
         "tests/jaxlora/nn/test_linear.py",
     ),
@@ -41,7 +41,7 @@ LAYER_MUTANTS = [
         PENDING,
     ),
     Mutant(
-        "jaxlora/nn/products.py",
+        "jaxlora/nn/mlp_products.py",
         "else (None, dx)",
         "else (None, jax.tree.map(jnp.zeros_like, dx))",
         "what comes through an MLP's norm is lost",

@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant("jaxlora/adapt.py", "jax.random.normal(key, shape) / shape[0]", "jax.random.normal(key, shape)", "gaussian A without 1/r", INIT),
     Mutant(
         "jaxlora/nn/products.py",
-        "_narrow_product(dys[i], _scaled(lora, dtype))",
+        "_narrow_product(dys[i], scaled_b(lora, dtype))",
         "_narrow_product(dys[i], lora.b.astype(dtype))",
         "the scale is missing from dx and dA",
         LINEAR,
@@ -160,7 +160,7 @@ MUTANTS = [
     # the step
     Mutant("jaxlora/nn/products.py", "(pull(dx), None)", "(pull(x), None)", "an activation's gradient of its value", LINEAR),
     Mutant("jaxlora/weights/base.py", "part + total, parts", "total, parts", "the gradient by the first of a group alone", LINEAR),
-    Mutant("jaxlora/weights/base.py", "beside(*dys, *u)", "beside(*u, *dys)", "columns swapped", FORMATS),
+    Mutant("jaxlora/weights/base.py", "beside(*dys, update[0])", "beside(update[0], *dys)", "columns swapped", FORMATS),
     Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", CUDNN),
     Mutant("pallas_kernels/attention/cudnn.py", "(key >= lo) &", "(key > lo) &", "cuDNN's mask hides the first key", CUDNN),
     Mutant("pallas_kernels/attention/short.py", "segments[1] > spec.longest", "segments[1] < 0", "a cut segment is not told", SHORT),

@@ -15,25 +15,27 @@ GATED, SHORT = Function("gated", "silu"), jnp.ones(3)
 def test_every_fault_of_scaled_products_is_told_at_once():
     faults = (
         r"activation of gated must be one of silu, gelu, gelu_tanh, got 'relu'.*products \[N, F\], 2 for gated, got \(4, 8\), \(1, 4, 8\)"
-        r".*scales \[4\] in float32.*us \[4, R\] and bs \[8, R\].*none for gated, got \(1, 8\).*a \[R, 8\].*one dtype"
+        r".*scales \[4\] in float32.*updates \(\[4, R\], \[8, R\]\), got \(\(4, 2\), \(8, 2\)\), \(\(4, 2\), \(2, 8\)\)"
+        r".*none for gated, got \(1, 8\).*a \[R, 8\].*one dtype"
     )
     scales, a = (jnp.ones(4), SHORT), NARROW.astype(jnp.bfloat16)
     with pytest.raises(ValueError, match=faults):
-        adapted_activation._check((WIDE, WIDE[None]), scales, (NARROW, NARROW), (COLUMNS, COLUMNS.T), a, Function("gated", "relu"), ROW)
+        updates = ((NARROW, COLUMNS), (NARROW, COLUMNS.T))
+        adapted_activation._check((WIDE, WIDE[None]), scales, updates, a, Function("gated", "relu"), ROW)
 
 
 def test_products_of_three_axes_are_told_their_shapes():
     with pytest.raises(ValueError, match=r"expected products \[N, F\], 2 for gated, got \(1, 4, 8\), \(1, 4, 8\)"):
-        adapted_activation._check((WIDE[None], WIDE[None]), (jnp.ones(1),) * 2, (NARROW[:1],) * 2, (COLUMNS,) * 2, COLUMNS.T, GATED, None)
+        adapted_activation._check((WIDE[None], WIDE[None]), (jnp.ones(1),) * 2, ((NARROW[:1], COLUMNS),) * 2, COLUMNS.T, GATED, None)
 
 
 def test_an_activation_is_told_how_many_products_it_takes():
-    faults = r"1 for plain, got \(4, 8\), \(4, 8\).*scales, us and bs of 2 products, got 1, 1 and 1.*a bias \[1, 8\] for plain"
+    faults = r"1 for plain, got \(4, 8\), \(4, 8\).*scales and updates of 2 products, got 1 and 1.*a bias \[1, 8\] for plain"
     with pytest.raises(ValueError, match=faults):
         plain = Function("plain", "gelu")
-        adapted_activation._check((WIDE, WIDE), (jnp.ones(4),), (NARROW,), (COLUMNS,), COLUMNS.T, plain, None)
+        adapted_activation._check((WIDE, WIDE), (jnp.ones(4),), ((NARROW, COLUMNS),), COLUMNS.T, plain, None)
     with pytest.raises(ValueError, match=r'function must be "gated" or "plain", got \'rms_norm\''):
-        adapted_activation._check((WIDE,), (jnp.ones(4),), (NARROW,), (COLUMNS,), COLUMNS.T, Function("rms_norm"), ROW)
+        adapted_activation._check((WIDE,), (jnp.ones(4),), ((NARROW, COLUMNS),), COLUMNS.T, Function("rms_norm"), ROW)
 
 
 def test_scales_of_other_rows_are_refused():

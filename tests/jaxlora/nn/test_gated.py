@@ -115,6 +115,24 @@ def test_the_path_of_products_that_are_scaled_afterwards_is_the_other_one(kind, 
     assert ran[kernel] and bool(ran["adapted_activation"]) == (rounded != "last")
 
 
+@pytest.mark.parametrize("form", [Dense, Int4.quantise, NF4.quantise], ids=["dense", "int4", "nf4"])
+@pytest.mark.parametrize(("kind", "kernel"), [(mlp, "gated_gradients"), (plain_mlp, "plain_gradients")])
+def test_first_products_that_a_later_pass_adapts_are_the_other_ones(kind, kernel, form, in_one_pass):
+    """Also by the weights that are trained."""
+
+    def made():
+        made = kind()
+        for linear in (*made.inputs, made.down_proj if kind is mlp else made.fc2):
+            linear.weight.set_value(form(linear.weight.get_value().dequantise()))
+        return made
+
+    with making_inputs(True):
+        expected = value_and_gradients(made())
+        ran = in_one_pass(kernel, "adapted_activation", "lora_input")
+        assert_close(value_and_gradients(made()), expected)
+    assert ran[kernel] == ran["adapted_activation"] == 1
+
+
 @pytest.mark.parametrize("rows", [products_module._MANY_CONTRACTED, products_module._MANY_CONTRACTED - 1])
 def test_a_few_columns_are_multiplied_either_way_around(rows):
     dy, b = normal(0, 3, rows), normal(1, rows, 2)

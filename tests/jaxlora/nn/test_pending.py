@@ -116,7 +116,7 @@ def test_a_norm_is_computed_apart_for_others(reason, in_one_pass, made, monkeypa
     norm.weight.set_value(jnp.ones(64))
     in_one_pass("lora_input", "norm_gradient")
     if reason == "few rows":
-        monkeypatch.setattr("jaxlora.nn.products._MANY_ROWS", 6)
+        monkeypatch.setattr("jaxlora.nn.products.MANY_ROWS", 6)
     _, normed = branch(norm, normal(0, 5, 64), linears, {"q_proj": jax.random.key(0)} if reason == "dropout" else None)
     assert not isinstance(normed, Pending)
 
@@ -124,7 +124,7 @@ def test_a_norm_is_computed_apart_for_others(reason, in_one_pass, made, monkeypa
 @pytest.mark.parametrize("block", ["projections", "mlp"])
 def test_a_pending_norm_puts_the_gradient_of_products_in_e4m3_together(block, in_one_pass, monkeypatch):
     """By x, by the norm's weight and by the adapters."""
-    monkeypatch.setattr("jaxlora.nn.products._MANY_ROWS", 1)
+    monkeypatch.setattr("jaxlora.nn.products.MANY_ROWS", 1)
     loras = [linear(10 * i, 64, weight=Int4).lora for i in range(3)]
 
     def loss(x, weight, loras):
