@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from benchmarks import results, workload
 from benchmarks.geometries import GEOMETRIES, text_layers, with_layers
@@ -26,12 +27,13 @@ from jaxlora.data.batches import Batch, ModelValues, make_batch
 from jaxlora.data.ladder import Shape
 from jaxlora.load import multiply_in_float8
 from jaxlora.models import registry
+from jaxlora.nn.stack import layers_alike
 from jaxlora.select import by_flags
 from jaxlora.train.auto import needed_gib
 from jaxlora.train.meters import GIB
 from jaxlora.train.optim import OptimConfig, optimizer
 from jaxlora.train.remat import execution
-from jaxlora.train.step import make_step
+from jaxlora.train.step import make_step, merge_trees
 
 GB = 1e9
 # As in the rivals' scripts: a constant rate, no decay, no clipping.
@@ -75,12 +77,14 @@ def reserve(trees: Any) -> None:
     jnp.zeros(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(trees)), jnp.uint8).block_until_ready().delete()
 
 
-def step_of(graphdef: Any, args: argparse.Namespace) -> tuple[jax.stages.Wrapped, optax.GradientTransformation]:
-    """The jitted step and its optimizer."""
+def step_of(parts: tuple[Any, Any, Any], args: argparse.Namespace) -> tuple[jax.stages.Wrapped, optax.GradientTransformation]:
+    """The jitted step of (graphdef, trainable, frozen), and its optimizer."""
+    graphdef, *trees = parts
     remat = {"True": True, "False": False}.get(args.remat, args.remat)
     optim = optimizer(OPTIMIZER)
     options = {name: int(value) if value.isdigit() else value for name, value in (pair.split("=", 1) for pair in args.execution)}
-    return make_step(graphdef, optim, execution(remat, **options)), optim
+    alike = layers_alike(nnx.merge(graphdef, merge_trees(*trees)))
+    return make_step(graphdef, optim, execution(remat, **options), alike=alike), optim
 
 
 def lower_abstract(
@@ -88,7 +92,7 @@ def lower_abstract(
 ) -> tuple[jax.stages.Lowered, float, float]:
     """The step of a model that is not there, lowered (for the device of ``placement``); with the seconds of tracing and of lowering."""
     graphdef, trainable, frozen = abstract_trees(config, args)
-    step, optim = step_of(graphdef, args)
+    step, optim = step_of((graphdef, trainable, frozen), args)
     state = jax.eval_shape(optim.init, trainable)
     batch = batch_of(config, registry.get(config["model_type"]).values(config), args.rows, args.sequence)
     given = (trainable, state, frozen, batch, jax.ShapeDtypeStruct((), jnp.int32))
@@ -132,7 +136,7 @@ def run(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     reserve(abstract_trees(config, args)[1:])
     graphdef, trainable, frozen = make_trees(config, args)
-    step, optim = step_of(graphdef, args)
+    step, optim = step_of((graphdef, trainable, frozen), args)
     state = jax.jit(optim.init)(trainable)
     batch = jax.device_put(batch_of(config, registry.get(config["model_type"]).values(config), args.rows, args.sequence))
     jax.block_until_ready((trainable, frozen, state))

@@ -24,6 +24,7 @@ from jaxlora.data.batches import Batch, labelled_tokens
 from jaxlora.data.chat import ChatOptions
 from jaxlora.errors import raise_all
 from jaxlora.nn.decoder import Execution
+from jaxlora.nn.stack import layers_alike
 from jaxlora.train import auto, checkpoint, loop
 from jaxlora.train.loss import loss_sum
 from jaxlora.train.optim import clipped, optimizer, schedule
@@ -135,7 +136,8 @@ class SFTTrainer:
         total = args.total_steps(len(self.train_source.lengths))
         tx, rate = self._optimizer(total)
         dropout = model.lora is not None and model.lora.lora_dropout > 0
-        options = {"dropout_key": jax.random.key(args.seed) if dropout else None, "deterministic": args.full_determinism}
+        key = jax.random.key(args.seed) if dropout else None
+        options = {"dropout_key": key, "deterministic": args.full_determinism, "alike": layers_alike(model.module())}
         self._banner(batches, total)
         make = functools.partial(make_step, model.graphdef, tx, **options)
         policy = self._policy(make, tx, batches)

@@ -31,6 +31,11 @@ def _waits(stacked: Array) -> bool:
     return stacked.nbytes > stacked.shape[0] * _SMALL or (stacked.ndim == 1 and jnp.issubdtype(stacked.dtype, jnp.integer))
 
 
+def _is_known(stacked: Array) -> bool:
+    """Whether these are numbers that XLA is to know: of layers whose weights a product reads where they are. No other kernel has them."""
+    return stacked.ndim == 1 and jnp.issubdtype(stacked.dtype, jnp.unsignedinteger)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scan:
     """How layers are scanned. With ``checkpoint``, each block is recomputed in the backward, but for what the policy ``remat`` saves (None:
@@ -38,7 +43,7 @@ class Scan:
     are recomputed whole, by the forward's own function of each kind. With ``offload`` the blocks' inputs are in pinned host memory, beside
     them what `jaxlora.nn.offload` says, and nothing else is kept; layers then return nothing of their own. ``unroll`` periods are compiled
     one after the other, all of them where there are fewer; None: all of a run whose layers are alike, and one of any other, which has as
-    many layers as a period.
+    many layers as a period. ``in_place``: where a run is not looped, products read 16-bit weights in their stacks.
 
     Raises:
       ValueError: ``offload`` or ``columns`` without ``checkpoint`` or with a policy; ``offload`` with unrolling, which it would not follow.
@@ -49,6 +54,7 @@ class Scan:
     columns: bool = False
     offload: bool = False
     unroll: int | None = 1
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         if self.offload and (not self.checkpoint or self.columns or self.remat is not None or self.unroll != 1):
@@ -139,7 +145,8 @@ class _Plan:
         looped = self.unroll < self.run.repeats or self.run.repeats == 1
         # Unknown to XLA: with the number in them, no two layers would have a kernel in common. In a loop it would fail to work it out.
         (ahead,) = (turn,) if self.plain or looped else _in_turn(i)
-        return jax.tree.map(lambda a: take(a, turn if _waits(a) else ahead), stacked)
+        # Of numbers in an array XLA would not say what they are.
+        return jax.tree.map(lambda a: i.astype(a.dtype) if _is_known(a) else take(a, turn if _waits(a) else ahead), stacked)
 
     def empty_outs(self, x: Array, owns: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
         """Room for what the layers of each kind return."""

@@ -112,7 +112,8 @@ class Stack(nnx.Module):
     def _run(self, run: Run, x: Array, shared: Any, per_layer: Any, wanted: Sequence[int], scan: Scan) -> tuple[Array, Any, list[Any]]:
         """(x, the inputs of the ``wanted`` layers on a first axis, what the layers of each kind returned)."""
         splits = [nnx.split(getattr(self, key)) for key in run.keys]
-        stacks = [_each_weight(lambda stack: stack.numbered(), state) for _, state in splits]
+        known = scan.in_place and len(run.keys) == 1 and run.repeats > 1
+        stacks = [_each_weight(lambda stack: stack.numbered(known=known), state) for _, state in splits]
         owns = [(stack, _of_layers(per_layer, key)) for stack, key in zip(stacks, run.keys, strict=True)]
 
         def of_kind(graphdef: Any, stack: Any) -> Block:
@@ -125,7 +126,8 @@ class Stack(nnx.Module):
 
             return block
 
-        blocks = [of_kind(graphdef, stack) for (graphdef, _), stack in zip(splits, stacks, strict=True)]
+        # No gradient goes by way of the whole stack.
+        blocks = [of_kind(graphdef, jax.lax.stop_gradient(stack)) for (graphdef, _), stack in zip(splits, stacks, strict=True)]
         # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
         slots = jnp.array([(*wanted, i).index(i) for i in range(run.start, run.stop)]) if wanted else None
         states = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
@@ -212,6 +214,12 @@ def structure(block: nnx.Module) -> Hashable:
 def linears(module: nnx.Module) -> dict[str, Linear]:
     """Every Linear by its (stacked) path."""
     return {".".join(map(str, path)): node for path, node in nnx.iter_graph(module) if isinstance(node, Linear)}
+
+
+def layers_alike(module: nnx.Module) -> bool:
+    """Whether all layers of each stack are of one structure, and several: compiled by themselves, none of them is in a loop."""
+    stacks = [node for _, node in nnx.iter_graph(module) if isinstance(node, Stack)]
+    return all(len(run.keys) == 1 and run.repeats > 1 for stack in stacks for run in stack.runs)
 
 
 def linear_paths(module: nnx.Module) -> list[str]:

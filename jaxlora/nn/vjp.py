@@ -99,7 +99,17 @@ def shapes_of_one(stacked: Any) -> Any:
 
 def take(stacked: Any, i: Array) -> Any:
     """Layer i's of arrays [layers, ...]."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False), stacked)
+
+    def one(a: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False)
+
+    return jax.tree.map(lambda a: _by_words(one, a) if a.dtype == jnp.bfloat16 and a.shape[-1] % 2 == 0 else one(a), stacked)
+
+
+def _by_words(function: Callable[[Array], Array], a: Array) -> Array:
+    """function(a), which does not look at the last axis, of bf16 arrays: what copies words of two columns then copies them from ``a``."""
+    words = function(jax.lax.bitcast_convert_type(a.reshape(*a.shape[:-1], -1, 2), jnp.uint32))
+    return jax.lax.bitcast_convert_type(words, jnp.bfloat16).reshape(*words.shape[:-1], -1)
 
 
 def unknown_zero() -> Array:

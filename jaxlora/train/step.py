@@ -1,5 +1,6 @@
 """One optimizer step, compiled once a shape: accumulation, one normaliser, clipping, update, finite check."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,17 +63,21 @@ def make_step(
     *,
     dropout_key: PRNGKeyArray | None = None,
     deterministic: bool = False,
+    alike: bool = False,
 ) -> jax.stages.Wrapped:
     """Returns ``step(trainable, opt_state, frozen, batch, index) -> (trainable, opt_state, metrics)``, jitted; the first two are donated.
 
     ``index`` is the optimizer step (dropout follows it). Metrics: ``loss``, ``grad_norm`` (before clipping), ``tokens`` (labelled),
     ``finite``, and ``norms``, the gradient's norm of every leaf [layers of the leaf] by stacked path. A step whose loss or gradient is not
-    finite changes nothing. ``deterministic`` asks XLA for the same bits in every run.
+    finite changes nothing. ``deterministic`` asks XLA for the same bits in every run. ``alike`` is what
+    `jaxlora.nn.stack.layers_alike` says of the model: where XLA then compiles each layer by itself, products read 16-bit weights in place.
     """
+    in_place = alike and execution.scan.unroll is None
+    scan = dataclasses.replace(execution.scan, in_place=in_place)
 
     def step(trainable: Tree, opt_state: Any, frozen: Tree, batch: Batch, index: Array) -> tuple[Tree, Any, Metrics]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        run = Execution(**{**vars(execution), "dropout_key": key})
+        run = Execution(**{**vars(execution), "scan": scan, "dropout_key": key})
         loss, gradient = value_and_grad(graphdef, trainable, frozen, batch, run)
         norms = {path: _norms(path, leaf) for path, leaf in flatten_leaves(gradient).items()}
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(n)) for n in norms.values()))
@@ -86,10 +91,10 @@ def make_step(
         metrics = {"loss": loss, "grad_norm": grad_norm, "tokens": label_count(batch.labels), "finite": finite, "norms": norms}
         return keep(updated, trainable), keep(new_state, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=(0, 1), compiler_options=_compiler_options(deterministic=deterministic))
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=_compiler_options(deterministic=deterministic, in_place=in_place))
 
 
-def _compiler_options(*, deterministic: bool) -> dict[str, bool | str] | None:
+def _compiler_options(*, deterministic: bool, in_place: bool) -> dict[str, bool | str] | None:
     """XLA's flags, given to this program alone so that nothing global changes; measured at 8B, 4 x 2048, on an H200."""
     if jax.default_backend() != "gpu":
         return None
@@ -99,8 +104,9 @@ def _compiler_options(*, deterministic: bool) -> dict[str, bool | str] | None:
         "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
         # cuBLAS alone is as fast here, adds the adapter's product in place, and compiles in 8 s instead of 24.
         "xla_gpu_enable_triton_gemm": False,
-        # It runs a cuBLAS product whose result is used and saved twice, once for each: 15 % of a step with "dots".
-        "xla_gpu_enable_dynamic_slice_fusion": False,
+        # A product then takes a layer's weight where it is, not a copy. In a loop it would run a product whose result is used and saved
+        # twice, once for each: 15 % of a step with "dots".
+        "xla_gpu_enable_dynamic_slice_fusion": in_place,
         # By data dependence alone: copies to and from host memory run beside products (7 % of a step with "unsloth"), small kernels too.
         "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
         # Orders what reads a block's input before what overwrites it, where XLA would copy the input.

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.typing import Array, Float
-from jaxlora.weights.base import AbstractWeight, abstract, outer
+from jaxlora.typing import Array, Float, UInt32
+from jaxlora.weights.base import AbstractWeight, LowRank, abstract, contract_first, contract_last, outer
+from pallas_kernels.packed import pair_columns
 
 
 @jax.tree_util.register_dataclass
@@ -15,12 +16,16 @@ from jaxlora.weights.base import AbstractWeight, abstract, outer
 class Dense(AbstractWeight):
     """W [O, I] in a floating-point dtype.
 
+    Where XLA knows the number ``layer`` of a layer, products read its weight in ``stack``, that of all layers, without a copy of it.
+
     >>> import jax.numpy as jnp
     >>> Dense(jnp.eye(2)).matmul(jnp.ones((1, 2))).tolist()
     [[1.0, 1.0]]
     """
 
     array: Any
+    layer: Any = None
+    stack: Any = None
 
     @classmethod
     def abstract(cls, shape: tuple[int, int], dtype: Any) -> "Dense":
@@ -41,9 +46,32 @@ class Dense(AbstractWeight):
         """The weight itself."""
         return self.array
 
+    def numbered(self, *, known: bool = False) -> "Dense":
+        """Each with its layer's number, as `jaxlora.nn.scan` has those that are known."""
+        return dataclasses.replace(self, layer=jnp.arange(len(self.array), dtype=jnp.uint32)) if known and self.array.ndim == 3 else self
+
+    def within(self, stack: AbstractWeight) -> "Dense":
+        """With the weights of all layers."""
+        assert isinstance(stack, Dense)
+        return self if self.layer is None else dataclasses.replace(self, stack=stack.array)
+
+    def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
+        """x @ Wᵀ (+ u @ bᵀ)."""
+        alone = self.stack is not None and update is None
+        return contract_last(x, self._in_place().astype(x.dtype)) if alone else super().matmul(x, update)
+
+    def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
+        """dy @ W (+ u @ a)."""
+        alone = self.stack is not None and update is None
+        return contract_first(dy, self._in_place().astype(dy.dtype)) if alone else super().matmul_t(dy, update)
+
     def largest(self) -> Float[Array, "*layers"]:
         """max|w|."""
         return jnp.max(jnp.abs(self.array), axis=(-2, -1)).astype(jnp.float32)
+
+    def words(self) -> UInt32[Array, "O half"] | None:
+        """Two bf16 columns a word, which are copied at twice the speed of single ones."""
+        return pair_columns(self.array) if self.array.dtype == jnp.bfloat16 and self.shape[1] % 2 == 0 else None
 
     def packed(self) -> Float[Array, "O I"]:
         """The array."""
@@ -52,3 +80,7 @@ class Dense(AbstractWeight):
     def cotangent(self, x: Float[Array, "N I"], dy: Float[Array, "N O"]) -> "Dense":
         """dW = dyᵀ x, accumulated in fp32, in the weight's dtype. Dropped by XLA where nobody asks for it."""
         return type(self)(outer(dy, x).astype(self.array.dtype))
+
+    def _in_place(self) -> Float[Array, "O I"]:
+        """The weight as a part of its stack."""
+        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False, allow_negative_indices=False)
