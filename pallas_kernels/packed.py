@@ -102,11 +102,13 @@ def pair(even: Float[Array, "O half"], odd: Float[Array, "O half"]) -> UInt32[Ar
     return low | (high << 16)
 
 
+@jax.jit
 def pair_columns(x: Float[Array, "O I"]) -> UInt32[Array, "O half"]:
     """The columns of a bf16 array in pairs, as ``pair`` packs them."""
     return jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.uint32)
 
 
+@jax.jit
 def unpair(words: UInt32[Array, "O half"]) -> Float[Array, "O I"]:
     """The bf16 columns that ``pair`` packed. The barrier keeps XLA from going back to single columns, or into the product."""
     return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(words), jnp.bfloat16).reshape(words.shape[0], -1)

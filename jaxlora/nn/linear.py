@@ -13,7 +13,7 @@ from jaxlora.nn.mlp_products import mlp_rows
 from jaxlora.nn.pending import Hollow, Pending
 from jaxlora.nn.products import Activation, Inputs, gated_rows, identity, makes_input, named, project_rows, scaled_by_norm
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from jaxlora.weights.base import AbstractWeight, abstract, goes_beside
+from jaxlora.weights.base import AbstractWeight, abstract, goes_beside, padding
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.functions import Function
@@ -212,7 +212,8 @@ def leaves_scales(function: Function, inputs: Inputs, linears: Sequence[Linear],
 def spare_columns(linears: Sequence[Linear]) -> int:
     """The columns that the gradient of these Linears' input has beyond the input's."""
     columns = sum(linear.lora.rank for linear in linears if linear.lora is not None)
-    return columns if goes_beside([_weight(linear) for linear in linears], columns) else 0
+    weights = [_weight(linear) for linear in linears]
+    return columns + padding(weights[0].shape[1], columns) if goes_beside(weights, columns) else 0
 
 
 def _bias(linear: Linear, dtype: Any) -> Float[Array, "1 O"]:

@@ -127,7 +127,8 @@ class Stack(nnx.Module):
             return block
 
         # No gradient goes by way of the whole stack.
-        blocks = [of_kind(graphdef, jax.lax.stop_gradient(stack)) for (graphdef, _), stack in zip(splits, stacks, strict=True)]
+        wholes = jax.lax.stop_gradient(stacks) if known else stacks
+        blocks = [of_kind(graphdef, whole) for (graphdef, _), whole in zip(splits, wholes, strict=True)]
         # The states are carried, so that only those that are wanted are held; all others have a slot beyond the last.
         slots = jnp.array([(*wanted, i).index(i) for i in range(run.start, run.stop)]) if wanted else None
         states = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None

@@ -101,15 +101,18 @@ def take(stacked: Any, i: Array) -> Any:
     """Layer i's of arrays [layers, ...]."""
 
     def one(a: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False)
+        words = a.ndim == 3 and a.dtype == jnp.bfloat16 and a.shape[2] % 2 == 0
+        return _take_words(a, i) if words else jax.lax.dynamic_index_in_dim(a, i, keepdims=False, allow_negative_indices=False)
 
-    return jax.tree.map(lambda a: _by_words(one, a) if a.dtype == jnp.bfloat16 and a.shape[-1] % 2 == 0 else one(a), stacked)
+    return jax.tree.map(one, stacked)
 
 
-def _by_words(function: Callable[[Array], Array], a: Array) -> Array:
-    """function(a), which does not look at the last axis, of bf16 arrays: what copies words of two columns then copies them from ``a``."""
-    words = function(jax.lax.bitcast_convert_type(a.reshape(*a.shape[:-1], -1, 2), jnp.uint32))
-    return jax.lax.bitcast_convert_type(words, jnp.bfloat16).reshape(*words.shape[:-1], -1)
+@jax.jit
+def _take_words(weights: Array, i: Array) -> Array:
+    """Layer i's of bf16 weights [layers, O, I]: what copies it by words of two columns then copies them from the stack."""
+    words = jax.lax.bitcast_convert_type(weights.reshape(*weights.shape[:2], -1, 2), jnp.uint32)
+    taken = jax.lax.dynamic_slice(words, (i, 0, 0), (1, *words.shape[1:]), allow_negative_indices=False)
+    return jax.lax.bitcast_convert_type(taken, jnp.bfloat16).reshape(weights.shape[1:])
 
 
 def unknown_zero() -> Array:

@@ -179,16 +179,18 @@ def gradients_beside(
     columns: Sequence[Float[Array, "_ R"]],
     rows: Float[Array, "R I"],
 ) -> tuple[Float[Array, "N C"], Float[Array, "N R"]]:
-    """([Σ dy_i @ W_i + du @ rows, du], du = Σ dy_i @ b_i) for columns b_i [O_i, R]: one product for each wide dy, which is read once.
+    """([Σ dy_i @ W_i + du @ rows, du, 0], du = Σ dy_i @ b_i) for columns b_i [O_i, R]: one product for each wide dy, which is read once.
 
-    [W_i, b_i] is what ``matmul`` decodes for an update, so that a block that is recomputed beside its backward decodes it once.
+    [W_i, b_i, 0] is what ``matmul`` decodes for an update, so that a block that is recomputed beside its backward decodes it once.
     """
+    rank, width = rows.shape
+    spare = padding(width, rank)
+    columns = [jnp.pad(b, ((0, 0), (0, spare))) for b in columns]
     parts = [contract_first(dy, stacked((w,), dy.dtype, right=b)) for dy, w, b in zip(dys, weights, columns, strict=True)]
     # In this order XLA has each product add to those before it in place; the last one as wide as they are, for the same reason.
     both = functools.reduce(lambda total, part: part + total, parts)
-    width = rows.shape[1]
-    du = both[:, width:]
-    return contract_first(du, jnp.pad(rows, ((0, 0), (0, du.shape[1])))) + both, du
+    du = both[:, width : width + rank]
+    return contract_first(du, jnp.pad(rows, ((0, 0), (0, rank + spare)))) + both, du
 
 
 def gradients_together(
@@ -225,6 +227,7 @@ def goes_beside(weights: Sequence[AbstractWeight], columns: int) -> bool:
     return not _narrow(weights) and columns <= _FEW and all(w.decoded and one_product(w.shape[0], columns) for w in weights)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def stacked(
     weights: Sequence[AbstractWeight], dtype: Any, *, right: Float[Array, "O R"] | None = None, below: Float[Array, "R I"] | None = None
 ) -> Float[Array, "rows columns"]:
@@ -242,7 +245,9 @@ def stacked(
         beyond, starts = pack(right.astype(dtype)), itertools.accumulate(map(len, parts), initial=0)
         # Rows last: parts on top of each other XLA writes without a branch for each element.
         parts = [jnp.concatenate([part, beyond[at : at + len(part)]], axis=1) for part, at in zip(parts, starts, strict=False)]
-    return unpack(jnp.concatenate([*parts, *([] if below is None else [pack(below.astype(dtype))])]))
+    if below is not None:
+        parts.append(pack(below.astype(dtype)))
+    return unpack(parts[0] if len(parts) == 1 else jnp.concatenate(parts))
 
 
 def beside(*parts: Float[Array, "N _"], made: bool = False) -> Float[Array, "N C"]:

@@ -8,6 +8,7 @@ GATED = "tests/jaxlora/nn/test_gated.py"
 LINEAR = "tests/jaxlora/nn/test_linear.py"
 PENDING = "tests/jaxlora/nn/test_pending.py"
 FORMATS = "tests/jaxlora/weights/test_formats.py"
+STEP = "tests/jaxlora/train/test_step.py"
 FUNCTIONS = "tests/pallas_kernels/test_functions.py"
 CUDNN = "tests/pallas_kernels/test_attention_cudnn.py"
 TILES = "tests/jaxlora/nn/test_mlp.py"
@@ -108,6 +109,8 @@ KERNEL_MUTANTS = [
         REFERENCE,
     ),
     Mutant("pallas_kernels/functions.py", "total -= jnp.sum(scaled", "total += jnp.sum(scaled", "a layer norm's mean is added", FUNCTIONS),
+    Mutant("jaxlora/weights/base.py", "return -(width + columns) % 64", "return 0", "rows that end within a cache line", FORMATS),
+    Mutant("jaxlora/weights/dense.py", "self.stack, self.layer,", "self.stack, 0,", "the first layer's weight for all", STEP),
     Mutant("jaxlora/weights/base.py", "du, (0, width))", "du, (0, 0))", "du over the first of the gradients", FORMATS),
     Mutant(
         "pallas_kernels/attention/cudnn.py",

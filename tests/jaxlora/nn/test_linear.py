@@ -98,7 +98,7 @@ def test_gradients_of_adapters_and_input_are_the_formulas_over_packed_weights(we
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Products as GPUs have them, in traces that no other test gets and that come from none."""
-    traces = products_module._products, products_module._project_bwd
+    traces = products_module.all_products, products_module._project_bwd
     for trace in traces:
         trace.clear_cache()
     monkeypatch.setattr(base, "one_product", lambda width, columns: True)

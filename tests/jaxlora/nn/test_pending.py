@@ -87,7 +87,7 @@ def linear(seed, out, width=64, rank=4, weight=Dense, dtype=jnp.float32):
 
 @pytest.mark.parametrize(
     ("outs", "weight", "spare"),
-    [((64,), Dense, 0), ((96, 96), Int4, 8), ((32, 16), Int4, 0), ((160,), Dense, 4)],
+    [((64,), Dense, 0), ((96, 96), Int4, 64), ((32, 16), Int4, 0), ((160,), Dense, 64)],
     ids=["one", "wide", "joined", "one wide"],
 )
 def test_groups_of_linears_take_a_pending_norm(outs, weight, spare, in_one_pass, made):

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.scan import Scan
-from jaxlora.nn.stack import Stack, flatten, layout, linear_paths, nest, unflatten
+from jaxlora.nn.stack import Stack, flatten, layers_alike, layout, linear_paths, nest, unflatten
 from jaxlora.select import expand, layers_of
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
@@ -229,6 +229,11 @@ def test_regrouping_moves_every_value_exactly(layers):
 
 def test_regrouping_splits_only_where_structures_differ():
     assert [run.keys for run in stack("aaaa").regroup(attach_to({1, 3})).runs] == [("0:4:2", "1:4:2")]
+
+
+@pytest.mark.parametrize(("kinds", "alike"), [("aaaa", True), ("aabb", True), ("abab", False), ("aab", False)])
+def test_layers_are_alike_where_no_run_has_two_kinds_or_one_layer(kinds, alike):
+    assert layers_alike(stack(kinds)) == alike
 
 
 def tree():

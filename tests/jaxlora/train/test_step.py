@@ -1,11 +1,13 @@
 """The step: what may not change the gradient (accumulation, remat), and what may not change at all (frozen bytes)."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxlora.adapt import LoRAConfig, attach, partition
 from jaxlora.data.batches import make_batch
@@ -14,11 +16,12 @@ from jaxlora.load import LoadConfig, load
 from jaxlora.models import registry
 from jaxlora.nn import offload
 from jaxlora.nn.decoder import Execution
-from jaxlora.nn.stack import flatten, linear_paths
+from jaxlora.nn.stack import flatten, layers_alike, linear_paths
 from jaxlora.select import by_pattern
 from jaxlora.train.optim import OptimConfig, optimizer
 from jaxlora.train.remat import execution
-from jaxlora.train.step import make_step, value_and_grad
+from jaxlora.train.step import make_step, merge_trees, value_and_grad
+from jaxlora.weights.dense import Dense
 from tests.jaxlora.reference import reference_folder
 from tests.tolerances import LEAF_REORDERED_FP32, REORDERED_FP32
 
@@ -160,6 +163,32 @@ def test_every_leaf_has_a_gradient_in_full_fine_tuning(model_type):
     _, gradient = gradient_of(graphdef, trainable, frozen, batch, Execution())
     dead = [path for path, leaf in flatten(gradient).items() if not np.any(jax.tree.leaves(leaf)[0])]
     assert dead == []
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapters", "full"])
+def test_weights_that_are_multiplied_in_place_are_the_same(full, in_one_pass, monkeypatch):
+    """And so are the gradients, by the weights themselves too."""
+    if full:
+        loaded = load(reference_folder("qwen3"), LoadConfig(dtype="float32"))
+        values, parts = loaded.spec.values(loaded.raw_config), partition(loaded.model, full=True)
+    else:
+        in_one_pass("lora_input", "adapted_activation", "gated_gradients")
+        values, *parts = adapted()
+    graphdef, *trees = parts
+    assert layers_alike(nnx.merge(graphdef, merge_trees(*trees)))
+    how, batch, taken, in_place = execution("dots"), split(rows(2), values, 2, accumulate=1), [], Dense._in_place
+    monkeypatch.setattr(Dense, "_in_place", lambda weight: taken.append(weight) or in_place(weight))
+
+    def gradient(how):
+        loss, gradient = jax.jit(lambda *trees: value_and_grad(graphdef, *trees, how))(*trees, batch)
+        return loss, {path: jax.tree.leaves(leaf)[0] for path, leaf in flatten(gradient).items()}
+
+    expected_loss, expected = gradient(how)
+    assert not taken
+    loss, made = gradient(dataclasses.replace(how, scan=dataclasses.replace(how.scan, in_place=True)))
+    assert len(taken) >= 3
+    assert abs(float(loss / expected_loss) - 1) <= REORDERED_FP32
+    assert largest_distance(made, expected) <= LEAF_REORDERED_FP32
 
 
 @pytest.mark.parametrize("quant_type", [None, "int4", "nf4"])
