@@ -145,8 +145,7 @@ class _Plan:
         looped = self.unroll < self.run.repeats or self.run.repeats == 1
         # Unknown to XLA: with the number in them, no two layers would have a kernel in common. In a loop it would fail to work it out.
         (ahead,) = (turn,) if self.plain or looped else _in_turn(i)
-        # Of numbers in an array XLA would not say what they are.
-        return jax.tree.map(lambda a: i.astype(a.dtype) if _is_known(a) else take(a, turn if _waits(a) else ahead), stacked)
+        return jax.tree.map(lambda a: take(a, i if _is_known(a) else turn if _waits(a) else ahead), stacked)
 
     def empty_outs(self, x: Array, owns: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
         """Room for what the layers of each kind return."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora.typing import Array, Float, UInt32
 from jaxlora.weights.base import AbstractWeight, LowRank, abstract, contract_first, contract_last, outer
@@ -16,7 +17,8 @@ from pallas_kernels.packed import pair_columns
 class Dense(AbstractWeight):
     """W [O, I] in a floating-point dtype.
 
-    Where XLA knows the number ``layer`` of a layer, products read its weight in ``stack``, that of all layers, without a copy of it.
+    Where XLA knows the number ``layer`` of a layer, counted from 1, products read its weight in ``stack``, that of all layers, without a
+    copy of it.
 
     >>> import jax.numpy as jnp
     >>> Dense(jnp.eye(2)).matmul(jnp.ones((1, 2))).tolist()
@@ -48,7 +50,10 @@ class Dense(AbstractWeight):
 
     def numbered(self, *, known: bool = False) -> "Dense":
         """Each with its layer's number, as `jaxlora.nn.scan` has those that are known."""
-        return dataclasses.replace(self, layer=jnp.arange(len(self.array), dtype=jnp.uint32)) if known and self.array.ndim == 3 else self
+        if not known or self.array.ndim != 3:
+            return self
+        # From 1: what counts from 0 XLA makes a counter, whose elements it does not fold into the numbers that its fusions need.
+        return dataclasses.replace(self, layer=jnp.asarray(np.arange(1, len(self.array) + 1, dtype=np.uint32)))
 
     def within(self, stack: AbstractWeight) -> "Dense":
         """With the weights of all layers."""
@@ -83,4 +88,4 @@ class Dense(AbstractWeight):
 
     def _in_place(self) -> Float[Array, "O I"]:
         """The weight as a part of its stack."""
-        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False, allow_negative_indices=False)
+        return jax.lax.dynamic_index_in_dim(self.stack, self.layer - 1, keepdims=False, allow_negative_indices=False)

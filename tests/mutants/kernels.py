@@ -110,7 +110,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant("pallas_kernels/functions.py", "total -= jnp.sum(scaled", "total += jnp.sum(scaled", "a layer norm's mean is added", FUNCTIONS),
     Mutant("jaxlora/weights/base.py", "return -(width + columns) % 64", "return 0", "rows that end within a cache line", FORMATS),
-    Mutant("jaxlora/weights/dense.py", "self.stack, self.layer,", "self.stack, 0,", "the first layer's weight for all", STEP),
+    Mutant("jaxlora/weights/dense.py", "self.stack, self.layer - 1,", "self.stack, 0,", "the first layer's weight for all", STEP),
     Mutant("jaxlora/weights/base.py", "du, (0, width))", "du, (0, 0))", "du over the first of the gradients", FORMATS),
     Mutant(
         "pallas_kernels/attention/cudnn.py",
