@@ -56,8 +56,8 @@ def float8_rows(
 def adapted_activation(
     raw_e, raw_g, e_scales, g_scales, u_e, u_g, b_e, b_g, a, h, u,
     M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, R_E: tl.constexpr, R_G: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SCALED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The first N columns of h [M, WIDTH]: act(e) ∘ g of `adapted_tile`s e and g, or act(e + raw_g) of a row raw_g [1, N] if not ``GATED``.
 
@@ -67,18 +67,18 @@ def adapted_activation(
     part, rows = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_kept, ranks = rows < M, tl.arange(0, BLOCK_R)
     dtype: tl.constexpr = h.dtype.element_ty
-    e_scale, e_columns = row_scales(e_scales, rows, row_kept), rank_columns(u_e, rows, row_kept, R_E, BLOCK_E)
-    g_scale, g_columns = row_scales(g_scales, rows, row_kept), rank_columns(u_g, rows, row_kept, R_G, BLOCK_G)
+    e_scale, e_columns = row_scales(e_scales, rows, row_kept, SCALED), rank_columns(u_e, rows, row_kept, R_E, BLOCK_E)
+    g_scale, g_columns = row_scales(g_scales, rows, row_kept, SCALED), rank_columns(u_g, rows, row_kept, R_G, BLOCK_G)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first in tl.range(0, COLUMNS, BLOCK_N, num_stages=STAGES):
         columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
         column_kept = columns < N
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
         b_tile = transposed_columns(b_e, columns, column_kept, R_E, BLOCK_E)
-        value = adapted_tile(raw_e, place, kept, e_scale, e_columns, b_tile)
+        value = adapted_tile(raw_e, place, kept, e_scale, e_columns, b_tile, SCALED)
         if GATED:
             b_tile = transposed_columns(b_g, columns, column_kept, R_G, BLOCK_G)
-            times = adapted_tile(raw_g, place, kept, g_scale, g_columns, b_tile)
+            times = adapted_tile(raw_g, place, kept, g_scale, g_columns, b_tile, SCALED)
             made = (activate(value, ACTIVATION) * times).to(dtype)
         else:
             shifted = value + tl.load(raw_g + columns, mask=column_kept, other=0.0).to(tl.float32)[None]

@@ -210,29 +210,36 @@ def store_sum(out, acc, split, columns, kept, N: tl.constexpr, R: tl.constexpr, 
 
 
 @triton.jit
-def row_scales(scales, rows, kept):
-    """[len(rows), 1] of scales [·]."""
-    return tl.load(scales + rows, mask=kept, other=0.0)[:, None]
+def row_scales(scales, rows, kept, SCALED: tl.constexpr):
+    """[len(rows), 1] of scales [·]; 1 where nothing is ``SCALED``."""
+    if SCALED:
+        scale = tl.load(scales + rows, mask=kept, other=0.0)[:, None]
+    else:
+        scale = 1.0
+    return scale
 
 
 @triton.jit
-def adapted_tile(z, place, kept, scale, u, b):
-    """A tile of scale ∘ z + u @ b, in fp32."""
-    return tl.dot(u, b, tl.load(z + place, mask=kept, other=0.0).to(tl.float32) * scale)
+def adapted_tile(z, place, kept, scale, u, b, SCALED: tl.constexpr):
+    """A tile of z + u @ b, in fp32; of scale ∘ z + u @ b where ``SCALED``."""
+    value = tl.load(z + place, mask=kept, other=0.0).to(tl.float32)
+    if SCALED:
+        value *= scale
+    return tl.dot(u, b, value)
 
 
 @triton.jit
 def gated_gradients(
     e, g, dh, u_gate, u_up, du, a, scales, e_scales, g_scales, b_gate, b_up, de, dg, db_gate, db_up, da,
-    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, UNSCALED: tl.constexpr,
-    R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr, UNADAPTED: tl.constexpr, UNSCALED: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """de, dg [M, N] of h = act(e) ∘ g under dh + du @ a, the rows of dh times scales where ``SCALED``.
 
-    And for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N]. Where ``UNSCALED``, e and g are yet to be made of the
-    products in their places, `adapted_tile`s of u_gate and b_gate [N, R], u_up and b_up.
+    And for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N]. Where ``UNADAPTED``, e and g are yet to be made of the
+    products in their places, `adapted_tile`s of u_gate and b_gate [N, R], u_up and b_up, with e_scales and g_scales where ``UNSCALED``.
     """
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -240,23 +247,23 @@ def gated_gradients(
     dtype: tl.constexpr = e.dtype.element_ty
     gate, up = tl.zeros((BLOCK_GATE, BLOCK_N), tl.float32), tl.zeros((BLOCK_UP, BLOCK_N), tl.float32)
     down, a_tile = tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32), row_tile(a, columns, column_kept, N, R_DOWN, BLOCK_DOWN)
-    gate_tile = transposed_columns(b_gate, columns, column_kept & UNSCALED, R_GATE, BLOCK_GATE)
-    up_tile = transposed_columns(b_up, columns, column_kept & UNSCALED, R_UP, BLOCK_UP)
+    gate_tile = transposed_columns(b_gate, columns, column_kept & UNADAPTED, R_GATE, BLOCK_GATE)
+    up_tile = transposed_columns(b_up, columns, column_kept & UNADAPTED, R_UP, BLOCK_UP)
     for first in tl.range(0, ROWS, BLOCK_M, num_stages=STAGES):
         rows = split * ROWS + first + tl.arange(0, BLOCK_M)
         row_kept = rows < M
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
-        if UNSCALED:
+        if UNADAPTED:
             gate_u, up_u = rank_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), rank_columns(u_up, rows, row_kept, R_UP, BLOCK_UP)
-            value = adapted_tile(e, place, kept, row_scales(e_scales, rows, row_kept), gate_u, gate_tile)
-            times = adapted_tile(g, place, kept, row_scales(g_scales, rows, row_kept), up_u, up_tile)
+            value = adapted_tile(e, place, kept, row_scales(e_scales, rows, row_kept, UNSCALED), gate_u, gate_tile, UNSCALED)
+            times = adapted_tile(g, place, kept, row_scales(g_scales, rows, row_kept, UNSCALED), up_u, up_tile, UNSCALED)
         else:
             value = tl.load(e + place, mask=kept, other=0.0).to(tl.float32)
             times = tl.load(g + place, mask=kept, other=0.0).to(tl.float32)
         # Accumulated, and du loaded twice: either saves moving a tile between layouts of registers.
         dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
         if SCALED:
-            dvalue *= row_scales(scales, rows, row_kept)
+            dvalue *= row_scales(scales, rows, row_kept, SCALED)
         dvalue = tl.dot(rank_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN), a_tile, dvalue)
         activated, slope = activate_with_slope(value, ACTIVATION)
         de_tile = (dvalue * times * slope).to(dtype)
@@ -276,14 +283,14 @@ def gated_gradients(
 @triton.jit
 def plain_gradients(
     e, bias, dh, u, du, a, scales, e_scales, b, de, db, da,
-    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, UNSCALED: tl.constexpr,
-    R_UP: tl.constexpr, R_DOWN: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr, UNADAPTED: tl.constexpr, UNSCALED: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """de [M, N] of h = act(e + bias) under dh, or where ``SCALED`` its `adapted_tile`s with scales, du and a [R, N].
 
-    And for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]. Where ``UNSCALED``, e is yet to be made of the product in its place, an
-    `adapted_tile` of u and b [N, R].
+    And for part p of the rows: deᵀ u [p, N, R], duᵀ h [p, R, N]. Where ``UNADAPTED``, e is yet to be made of the product in its place, an
+    `adapted_tile` of u and b [N, R], with e_scales where ``UNSCALED``.
     """
     tiles = tl.cdiv(N, BLOCK_N)
     split, columns = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -291,21 +298,21 @@ def plain_gradients(
     dtype: tl.constexpr = e.dtype.element_ty
     shift = tl.load(bias + columns, mask=column_kept, other=0.0)
     up, down = tl.zeros((BLOCK_UP, BLOCK_N), tl.float32), tl.zeros((BLOCK_DOWN, BLOCK_N), tl.float32)
-    b_tile = transposed_columns(b, columns, column_kept & UNSCALED, R_UP, BLOCK_UP)
+    b_tile = transposed_columns(b, columns, column_kept & UNADAPTED, R_UP, BLOCK_UP)
     a_tile = row_tile(a, columns, column_kept & SCALED, N, R_DOWN, BLOCK_DOWN)
     for first in tl.range(0, ROWS, BLOCK_M, num_stages=STAGES):
         rows = split * ROWS + first + tl.arange(0, BLOCK_M)
         row_kept = rows < M
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
-        if UNSCALED:
+        if UNADAPTED:
             u_tile = rank_columns(u, rows, row_kept, R_UP, BLOCK_UP)
-            product = adapted_tile(e, place, kept, row_scales(e_scales, rows, row_kept), u_tile, b_tile)
+            product = adapted_tile(e, place, kept, row_scales(e_scales, rows, row_kept, UNSCALED), u_tile, b_tile, UNSCALED)
             value = product + shift.to(tl.float32)[None]
         else:
             value = (tl.load(e + place, mask=kept, other=0.0) + shift[None]).to(tl.float32)
         if SCALED:
             du_tile = rank_columns(du, rows, row_kept, R_DOWN, BLOCK_DOWN)
-            dvalue = adapted_tile(dh, place, kept, row_scales(scales, rows, row_kept), du_tile, a_tile)
+            dvalue = adapted_tile(dh, place, kept, row_scales(scales, rows, row_kept, True), du_tile, a_tile, True)
         else:
             dvalue = tl.load(dh + place, mask=kept, other=0.0).to(tl.float32)
         activated, slope = activate_with_slope(value, ACTIVATION)
@@ -392,12 +399,13 @@ def normed_input(
 @triton.jit
 def norm_gradient(
     x, weight, dy, scales, added, past, width, dx,
-    M: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, CENTRED: tl.constexpr,
+    EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx [M, N] = past + (g - n · mean(g · n)) / rms(x), n = x / rms(x), g = weight · dy; ``CENTRED``: n = (x - mean) / std, less mean(g).
 
-    dy [M, width] has N columns that count; ``SCALED``: it is scales [M] times these, plus added [M, N]. A row is one block.
+    dy [M, width] has N columns that count: scales [M] times these are meant where ``SCALED``, plus added [M, N] where ``ADDED``. A row is
+    one block.
     """
     rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     kept, at = (rows < M)[:, None] & (columns < N)[None], rows[:, None].to(tl.int64) * N + columns[None]
@@ -405,6 +413,7 @@ def norm_gradient(
     g = tl.load(dy + row_starts(rows, width, ALIGNED) + columns[None], mask=kept, other=0.0).to(tl.float32)
     if SCALED:
         g *= tl.load(scales + rows, mask=rows < M, other=0.0)[:, None]
+    if ADDED:
         g += tl.load(added + at, mask=kept, other=0.0).to(tl.float32)
     g *= tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)[None]
     if CENTRED:

@@ -18,7 +18,6 @@ from jaxlora.nn.products import (
     Weights,
     all_products,
     down,
-    is_scaled,
     kept,
     linear_gradients,
     made_input,
@@ -42,7 +41,8 @@ from pallas_kernels.plain_gradients import plain_gradients
 
 # The input, the activation's name, and what `jaxlora.nn.linear.making_inputs` says.
 type How = tuple[Activation, str, bool]
-type Pairs = tuple[tuple[Array, Array], ...]
+type Scales = tuple[Array | None, ...]
+type Pairs = tuple[tuple[Array | None, Array], ...]
 
 
 def _mlp_forward(how: How, inputs: Inputs, hollow: Hollow | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]) -> Array:
@@ -75,15 +75,18 @@ def _adapts(how: How, inputs: Inputs, bias: Array | None, weights: Weights, lora
         return False
     updates = [tuple(jax.ShapeDtypeStruct((n, lora.rank), dtype) for n in (rows, width)) for lora in loras[:-1]]
     products = [jax.ShapeDtypeStruct((rows, width), dtype)] * len(updates)
-    function, scales = _activation(activation, (), bias)[0], [jax.ShapeDtypeStruct((rows,), jnp.float32)] * len(updates)
-    return ADAPTED.choose("auto", products, scales, updates, loras[-1].a, function=function, bias=bias) != "xla"
+    function = _activation(activation, (), bias)[0]
+    return ADAPTED.choose("auto", products, None, updates, loras[-1].a, function=function, bias=bias) != "xla"
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mlp_apart(
     how: How, inputs: Inputs, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
-) -> tuple[Array, Inputs, Inputs, dict[int, Array], Array, Array | None]:
-    """(y, the first products as they are, the scales of their rows, their adapters' columns, the last one's, a norm's statistics)."""
+) -> tuple[Array, Inputs, Scales, dict[int, Array], Array, Array | None]:
+    """(y, the first products as they are, the scales of their rows, their adapters' columns, the last one's, a norm's statistics).
+
+    The scales are those of all products, or Nones.
+    """
     into, activation, making = how
     *first, last = loras
     if makes_input((into, (0.0,), making), inputs, weights[:-1], loras[:-1]):
@@ -91,18 +94,19 @@ def _mlp_apart(
     else:
         x, statistics = into(*inputs), norm_statistics(into, inputs, weights)
         us = kept(down((0.0,) * len(first), x, loras[:-1], None))
-    ones = jnp.ones(len(x), jnp.float32)
-    products, scales = zip(*(w.matmul_apart(x) or (w.matmul(x), ones) for w in weights[:-1]), strict=True)
+    products, scales = zip(*(w.matmul_apart(x) or (w.matmul(x), None) for w in weights[:-1]), strict=True)
+    # Of one format none has scales; beside one that has, others have ones.
+    given = [jnp.ones(len(x), jnp.float32) if s is None else s for s in scales] if any(s is not None for s in scales) else None
     updates = [(u, scaled_b(lora, x.dtype)) for u, lora in zip(us.values(), first, strict=True)]
     function, _ = _activation(activation, products, bias)
     wide = weights[-1].decoded and one_product(weights[-1].shape[1], last.rank)
     spare = padding(weights[-1].shape[1], last.rank) if wide else None
-    h, u = adapted_activation(products, scales, updates, last.a.astype(x.dtype), function=function, bias=bias, padding=spare)
+    h, u = adapted_activation(products, given, updates, last.a.astype(x.dtype), function=function, bias=bias, padding=spare)
     # Kept as they are: their updates and scales are few columns, and the backward's pass adds them again.
-    u, *few = (checkpoint_name(each, "lora_u") for each in (u, *scales))
+    u, *few = (checkpoint_name(each, "lora_u") for each in (u, *(given or ())))
     b = scaled_b(last, x.dtype)
     y = product_beside(weights[-1:], h, b) if wide else weights[-1].matmul(h, (u, b))
-    return named(y), tuple(map(named, products)), tuple(few), us, u, statistics
+    return named(y), tuple(map(named, products)), tuple(few) or (None,) * len(first), us, u, statistics
 
 
 def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Function, Inputs]:
@@ -115,16 +119,16 @@ def _mlp_bwd(how: How, residuals: Any, dy: Array) -> tuple[Any, ...]:
     into, activation, making = how
     inputs, hollow, ys, scales, bias, us, last_u, weights, loras, statistics = residuals
     first, last = loras[:-1], loras[-1]
-    unscaled = None if scales is None else tuple((s, scaled_b(lora, dy.dtype)) for s, lora in zip(scales, first, strict=True))
-    dys, dbs, da_last = _wide_gradients(activation, ys, unscaled, bias, tuple(us.values()), weights[-1], last, dy)
+    unadapted = None if scales is None else tuple((s, scaled_b(lora, dy.dtype)) for s, lora in zip(scales, first, strict=True))
+    dys, dbs, da_last = _wide_gradients(activation, ys, unadapted, bias, tuple(us.values()), weights[-1], last, dy)
     pairs, (x, pull) = dict(enumerate(first)), jax.vjp(into, *inputs)
-    dx, both, *_ = linear_gradients(weights[:-1], first, pairs, dys, us, making=making, scaled=is_scaled(hollow))
+    dx, both, *_ = linear_gradients(weights[:-1], first, pairs, dys, us, hollow, making=making)
     assert both is not None
     das = split(sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
     dloras = [pair_gradient(lora, da, db) for lora, da, db in zip(first, das, dbs, strict=True)]
     # Only where a weight is trained is h computed once more.
-    if unscaled is not None:
-        ys = tuple(scale_rows(z, s, contract_last(u, b)) for z, (s, b), u in zip(ys, unscaled, us.values(), strict=True))
+    if unadapted is not None:
+        ys = tuple(scale_rows(z, s, contract_last(u, b)) for z, (s, b), u in zip(ys, unadapted, us.values(), strict=True))
     act, wide = _activation(activation, ys, bias)
     dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, (*((x, each) for each in dys), (act(*wide), dy)), strict=True))
     dbias = None if bias is None else dys[0].astype(jnp.float32).sum(0, keepdims=True).astype(bias.dtype)
@@ -144,11 +148,11 @@ def _wide_gradients(
     if bias is None:
         (e, g), (u_gate, u_up) = ys, us
         dh, scales = apart or (input_gradient((weight,), (dy,)), None)
-        de, dg, *dbs, da = gated_gradients(e, g, dh, u_gate, u_up, du, a, scales=scales, unscaled=bs, activation=activation)
+        de, dg, *dbs, da = gated_gradients(e, g, dh, u_gate, u_up, du, a, scales=scales, unadapted=bs, activation=activation)
         return (de, dg), tuple(dbs), da
     # To a product of its own this kernel would lose more by adding the adapter's part than the product does by copying dy beside du.
     dh, update = (input_gradient((weight,), (dy,), (du, a)), None) if apart is None else (apart[0], (apart[1], a))
-    de, db, da = plain_gradients(ys[0], bias, dh, us[0], du, update=update, unscaled=None if bs is None else bs[0], activation=activation)
+    de, db, da = plain_gradients(ys[0], bias, dh, us[0], du, update=update, unadapted=None if bs is None else bs[0], activation=activation)
     return (de,), (db,), da
 
 

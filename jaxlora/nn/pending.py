@@ -20,19 +20,25 @@ class Hollow:
     """Zeros that nobody reads, whose cotangent is a gradient as products leave it.
 
     Of the cotangent's ``columns`` [N, C] the first count, as many as x has; the others are what products made beside them for their
-    adapters. Where products come with scales of their rows, ``scaled`` has these, fp32 [N], and what is then added, [N, D]; else it is
-    None.
+    adapters. The gradient is scales ∘ columns + added, where products come with ``scales`` of their rows, fp32 [N], or their adapters'
+    part is ``added`` afterwards, [N, D]; what there is not is None.
     """
 
     columns: Any
-    scaled: tuple[Any, Any] | None
+    scales: Any
+    added: Any
 
     @classmethod
     def of(cls, x: Float[Array, "*N D"], spare: int, *, scaled: bool) -> "Hollow":
-        """For a gradient by x with so many more columns."""
+        """For a gradient by x with so many more columns, or whose rows are ``scaled``: either way something is added."""
         rows, width = x.size // x.shape[-1], x.shape[-1]
         columns = jnp.zeros((rows, width + spare), x.dtype)
-        return cls(columns, (jnp.zeros(rows, jnp.float32), jnp.zeros((rows, width), x.dtype)) if scaled else None)
+        added = jnp.zeros((rows, width), x.dtype) if spare or scaled else None
+        return cls(columns, jnp.zeros(rows, jnp.float32) if scaled else None, added)
+
+    def whole(self, width: int) -> Float[Array, "N D"]:
+        """The gradient [N, width] in one array."""
+        return scale_rows(self.columns[:, :width], self.scales, self.added)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Pending:
 def fork(function: Function, inputs: Sequence[Array], spare: int, *, scaled: bool = False) -> tuple[Float[Array, "*N D"], Pending]:
     """(x, its norm), for a residual block: x goes on past the norm; ``spare`` are the columns that ``hollow`` has beyond those of x.
 
-    ``scaled``: the norm's gradient comes with scales of its rows, and what is added to them.
+    ``scaled``: the norm's gradient comes with scales of its rows.
 
     >>> x, one = jnp.array([[1.0, -1.0]]), jnp.ones((1, 2))
     >>> def f(x):
@@ -88,11 +94,11 @@ def _fork_fwd(function: Function, how: tuple[int, bool], inputs: tuple[Array, ..
 def _fork_bwd(function: Function, how: tuple[int, bool], inputs: tuple[Array, ...], cotangents: tuple[Array, Hollow]) -> tuple[Any]:
     past, hollow = cotangents
     x, *rows = (v.reshape(-1, v.shape[-1]) for v in inputs)
-    dx = norm_gradient((x, *rows), hollow.columns, past.reshape(x.shape), hollow.scaled, function=function)
+    past = past.reshape(x.shape)
+    dx = norm_gradient((x, *rows), hollow.columns, past, scales=hollow.scales, added=hollow.added, function=function)
     # Only where a norm is trained is its weight's gradient computed.
     _, pull = jax.vjp(lambda *rows: function(x, *rows), *rows)
-    dy = hollow.columns[:, : x.shape[1]]
-    gradients = (dx, *pull(dy if hollow.scaled is None else scale_rows(dy, *hollow.scaled)))
+    gradients = (dx, *pull(hollow.whole(x.shape[1])))
     return (tuple(gradient.reshape(v.shape) for gradient, v in zip(gradients, inputs, strict=True)),)
 
 
@@ -112,7 +118,8 @@ def _value_fwd(function: Function, inputs: tuple[Array, ...], hollow: Hollow) ->
 def _value_bwd(function: Function, like: Hollow, dy: Array) -> tuple[None, Hollow]:
     dy = dy.reshape(-1, dy.shape[-1])
     columns = jnp.pad(dy, ((0, 0), (0, like.columns.shape[1] - dy.shape[1])))
-    return None, Hollow(columns, None if like.scaled is None else (jnp.ones(len(dy), jnp.float32), jnp.zeros_like(dy)))
+    scales = None if like.scales is None else jnp.ones(len(dy), jnp.float32)
+    return None, Hollow(columns, scales, None if like.added is None else jnp.zeros_like(dy))
 
 
 _value.defvjp(_value_fwd, _value_bwd)

@@ -76,7 +76,7 @@ def scaled_by_norm(function: Function, inputs: Sequence[Any], weights: Weights, 
     if x.shape[0] < MANY_ROWS or all(lora is None for lora in loras) or not weights[0].joins(weights[1:]):
         return False
     scales = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
-    return NORM_GRADIENT.choose("auto", inputs, x, x, (scales, x), function=function) != "xla"
+    return NORM_GRADIENT.choose("auto", inputs, x, x, scales=scales, added=x, function=function) != "xla"
 
 
 def identity(x: Array) -> Array:
@@ -143,13 +143,8 @@ def sum_over_rows(act: Activation, inputs: Inputs, statistics: Array | None, x: 
 
 
 def marked(hollow: Hollow | None) -> Hollow | None:
-    """Whether there is one, and one that is scaled, in the structure of what is saved: the zeros themselves are not to be kept."""
+    """What there is of one, in the structure of what is saved: the zeros themselves are not to be kept."""
     return jax.tree.map(lambda _: (), hollow)
-
-
-def is_scaled(hollow: Hollow | None) -> bool:
-    """Whether there is one, and the gradient that goes there is yet to be scaled."""
-    return hollow is not None and hollow.scaled is not None
 
 
 def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
@@ -197,7 +192,7 @@ def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any,
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    wide, du, dus, dbs = linear_gradients(weights, loras, plain, dys, us, making=making, scaled=is_scaled(hollow))
+    wide, du, dus, dbs = linear_gradients(weights, loras, plain, dys, us, hollow, making=making)
     dx = wide.columns[:, : x.shape[1]]
     das = {} if du is None else dict(zip(plain, split(sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
@@ -213,13 +208,20 @@ project_rows.defvjp(_project_fwd, _project_bwd)
 
 
 def linear_gradients(
-    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array], *, making: bool, scaled: bool
+    weights: Weights,
+    loras: Loras,
+    plain: Mapping[int, LoRA],
+    dys: Inputs,
+    us: Mapping[int, Array],
+    hollow: Hollow | None,
+    *,
+    making: bool,
 ) -> tuple[Hollow, Array | None, dict[int, Array], dict[int, Array]]:
     """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone, each
     adapter's dyᵀ u).
 
-    dx has `spare_columns` behind its own and, where ``scaled`` asks for it, is yet to be scaled. ``making`` is what
-    `jaxlora.nn.linear.making_inputs` says.
+    dx has `spare_columns` behind its own. Where it goes to a ``hollow`` (`marked`), that says what it is yet to be scaled by, and what is
+    added then. ``making`` is what `jaxlora.nn.linear.making_inputs` says.
     """
     dtype = dys[0].dtype
     bs = [b for b in _padded_b(loras, dtype) if b is not None]
@@ -228,20 +230,24 @@ def linear_gradients(
         dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
         sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))
         starts, firsts = _starts(w.shape[0] for w in weights), _starts(lora.rank for lora in plain.values())
-        return Hollow(dx, None), du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
+        return Hollow(dx, None, None), du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
     dbs = {i: outer(dys[i], us[i]) for i, lora in enumerate(loras) if lora is not None}
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
-        dx, du = gradients_beside(dys, weights, bs, _stacked_a(plain, dtype))
-        return Hollow(dx, None), du, {}, dbs
+        (dx, du), a = gradients_beside(dys, weights, bs), _stacked_a(plain, dtype)
+        if hollow is not None:
+            return Hollow(dx, None, contract_first(du, a)), du, {}, dbs
+        # As wide as dx, for XLA to add the product to it in place.
+        wide = contract_first(du, jnp.pad(a, ((0, 0), (0, dx.shape[1] - a.shape[1])))) + dx
+        return Hollow(wide, None, None), du, {}, dbs
     dus = {i: _narrow_product(dys[i], scaled_b(lora, dtype)) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
     update = None if du is None else (du, _stacked_a(plain, dtype))
-    apart = input_gradient_apart(weights, dys) if scaled else None
+    apart = input_gradient_apart(weights, dys) if hollow is not None and hollow.scales is not None else None
     if apart is None or update is None:
-        return Hollow(input_gradient(weights, dys, update), None), du, dus, dbs
+        return Hollow(input_gradient(weights, dys, update), None, None), du, dus, dbs
     z, scales = apart
-    return Hollow(z, (scales, contract_first(*update))), du, dus, dbs
+    return Hollow(z, scales, contract_first(*update)), du, dus, dbs
 
 
 def _narrow_product(dy: Array, b: Array) -> Array:

@@ -167,30 +167,25 @@ def input_gradient_apart(
     return weights[0].matmul_t_apart(dys, weights[1:]) if weights[0].joins(weights[1:]) else None
 
 
-def scale_rows(z: Float[Array, "N C"], scales: Float[Array, " N"], added: Float[Array, "N C"] | None = None) -> Float[Array, "N C"]:
-    """scales_i · z_i (+ added_i), in fp32 and rounded once."""
-    y = z.astype(jnp.float32) * scales[:, None]
+def scale_rows(z: Float[Array, "N C"], scales: Float[Array, " N"] | None, added: Float[Array, "N C"] | None = None) -> Float[Array, "N C"]:
+    """scales_i · z_i (+ added_i) or, without scales, z_i (+ added_i); in fp32 and rounded once."""
+    y = z.astype(jnp.float32) if scales is None else z.astype(jnp.float32) * scales[:, None]
     return (y if added is None else y + added).astype(z.dtype)
 
 
 def gradients_beside(
-    dys: Sequence[Float[Array, "N _"]],
-    weights: Sequence[AbstractWeight],
-    columns: Sequence[Float[Array, "_ R"]],
-    rows: Float[Array, "R I"],
+    dys: Sequence[Float[Array, "N _"]], weights: Sequence[AbstractWeight], columns: Sequence[Float[Array, "_ R"]]
 ) -> tuple[Float[Array, "N C"], Float[Array, "N R"]]:
-    """([Σ dy_i @ W_i + du @ rows, du, 0], du = Σ dy_i @ b_i) for columns b_i [O_i, R]: one product for each wide dy, which is read once.
+    """([Σ dy_i @ W_i, du, 0], du = Σ dy_i @ b_i) for columns b_i [O_i, R]: one product for each wide dy, which is read once.
 
     [W_i, b_i, 0] is what ``matmul`` decodes for an update, so that a block that is recomputed beside its backward decodes it once.
     """
-    rank, width = rows.shape
-    spare = padding(width, rank)
-    columns = [jnp.pad(b, ((0, 0), (0, spare))) for b in columns]
+    width, rank = weights[0].shape[1], columns[0].shape[1]
+    columns = [jnp.pad(b, ((0, 0), (0, padding(width, rank)))) for b in columns]
     parts = [contract_first(dy, stacked((w,), dy.dtype, right=b)) for dy, w, b in zip(dys, weights, columns, strict=True)]
     # In this order XLA has each product add to those before it in place; the last one as wide as they are, for the same reason.
     both = functools.reduce(lambda total, part: part + total, parts)
-    du = both[:, width : width + rank]
-    return contract_first(du, jnp.pad(rows, ((0, 0), (0, rank + spare)))) + both, du
+    return both, both[:, width : width + rank]
 
 
 def gradients_together(

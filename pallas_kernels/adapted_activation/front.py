@@ -20,7 +20,7 @@ _BACKENDS = {"triton": triton, "xla": xla}
 
 def adapted_activation(
     products: Sequence[Float[Array, "N F"]],
-    scales: Sequence[Float[Array, " N"]],
+    scales: Sequence[Float[Array, " N"]] | None,
     updates: Sequence[tuple[Float[Array, "N _"], Float[Array, "F _"]]],
     a: Float[Array, "R F"],
     *,
@@ -32,11 +32,11 @@ def adapted_activation(
     """(h, u) of an MLP: h = function(*y, bias) of its first products y = scales ∘ products + u_i b_iᵀ, by rows, and u = h aᵀ.
 
     With a ``padding`` h comes as [h, u, 0], so many zeros behind u: one operand of the projection that follows. ``function`` is "gated",
-    act(y₁) ∘ y₂, or "plain", act(y₁ + bias). The products may be in a format whose rows are scaled afterwards (e4m3; of others the scales
-    are ones), ``updates`` are their adapters' columns u_i = A x and s·B, and a is the A of the projection that follows. Scales are fp32,
-    all else is of one dtype; h is rounded once, u is accumulated in fp32. On a GPU a kernel reads the products once, and keeps y in fp32,
-    which XLA rounds; neither an update nor y is written. There is no gradient: whoever uses it has one of its own, of the products as they
-    are (`gated_gradients` and `plain_gradients`, which make y again).
+    act(y₁) ∘ y₂, or "plain", act(y₁ + bias). The products may be in a format whose rows are scaled afterwards (e4m3; others have no
+    scales), ``updates`` are their adapters' columns u_i = A x and s·B, and a is the A of the projection that follows. Scales are fp32, all
+    else is of one dtype; h is rounded once, u is accumulated in fp32. On a GPU a kernel reads the products once, and keeps y in fp32, which
+    XLA rounds; neither an update nor y is written. There is no gradient: whoever uses it has one of its own, of the products as they are
+    (`gated_gradients` and `plain_gradients`, which make y again).
 
     >>> import jax.numpy as jnp
     >>> one, two = jnp.ones((1, 1)), jnp.full(1, 2.0)
@@ -55,7 +55,7 @@ def adapted_activation(
 
 def reference(
     products: Sequence[Array],
-    scales: Sequence[Array],
+    scales: Sequence[Array] | None,
     updates: Sequence[tuple[Array, Array]],
     a: Array,
     *,
@@ -65,7 +65,8 @@ def reference(
 ) -> tuple[Array, Array]:
     """The arguments and results of `adapted_activation`, computed in fp32."""
     products, updates = jax.tree.map(lambda x: x.astype(jnp.float32), (products, updates))
-    y, *others = (s[:, None] * z + u @ b.T for z, s, (u, b) in zip(products, scales, updates, strict=True))
+    scaled = products if scales is None else [s[:, None] * z for z, s in zip(products, scales, strict=True)]
+    y, *others = (z + u @ b.T for z, (u, b) in zip(scaled, updates, strict=True))
     h = ACTIVATIONS[function.activation](y) * others[0] if bias is None else PLAIN[function.activation](y + bias.astype(jnp.float32))
     u = h @ a.astype(jnp.float32).T
     both = h if padding is None else jnp.pad(jnp.concatenate([h, u], axis=1), ((0, 0), (0, padding)))
@@ -74,7 +75,7 @@ def reference(
 
 def _check(
     products: Sequence[Array],
-    scales: Sequence[Array],
+    scales: Sequence[Array] | None,
     updates: Sequence[tuple[Array, Array]],
     a: Array,
     function: Function,
@@ -90,9 +91,10 @@ def _check(
         faults.append(f"the activation of {function.form} must be one of {', '.join(known)}, got {function.activation!r}")
     if len(products) != wide or any(z.shape != (N, F) for z in products):
         faults.append(f"expected products [N, F], {wide} for {function.form}, got {_shapes(products)}")
-    if any(len(each) != len(products) for each in (scales, updates)):
-        faults.append(f"expected scales and updates of {len(products)} products, got {len(scales)} and {len(updates)}")
-    if any(s.shape != (N,) or s.dtype != jnp.float32 for s in scales):
+    given = updates if scales is None else scales
+    if any(len(each) != len(products) for each in (given, updates)):
+        faults.append(f"expected scales and updates of {len(products)} products, got {len(given)} and {len(updates)}")
+    if scales is not None and any(s.shape != (N,) or s.dtype != jnp.float32 for s in scales):
         faults.append(f"expected scales [{N}] in float32, got {', '.join(f'{s.shape} {s.dtype}' for s in scales)}")
     if any(u.ndim != 2 or u.shape[0] != N or b.shape != (F, u.shape[1]) for u, b in updates):
         faults.append(f"expected updates ([{N}, R], [{F}, R]), got {', '.join(f'({_shapes(pair)})' for pair in updates)}")
@@ -116,7 +118,9 @@ def _refuses(backend: str, products: Any, scales: Any, updates: Any, a: Any, **s
     return _BACKENDS[backend].refuses(products[0], (*(u.shape[1] for u, _ in updates), a.shape[0]))
 
 
-def _case(dtype: Any, *, rows: int, columns: int, ranks: tuple[int, ...], activation: str, padding: int | None = None) -> Case:
+def _case(
+    dtype: Any, *, rows: int, columns: int, ranks: tuple[int, ...], activation: str, padding: int | None = None, scaled: bool = True
+) -> Case:
     draw = np.random.default_rng(0)
     *first, last = ranks
 
@@ -125,7 +129,7 @@ def _case(dtype: Any, *, rows: int, columns: int, ranks: tuple[int, ...], activa
 
     arrays = {
         "products": tuple(normal(rows, columns) for _ in first),
-        "scales": tuple(jnp.asarray(0.5 + draw.random(rows), jnp.float32) for _ in first),
+        "scales": tuple(jnp.asarray(0.5 + draw.random(rows), jnp.float32) for _ in first) if scaled else None,
         "updates": tuple((normal(rows, rank), normal(columns, rank)) for rank in first),
         "a": normal(last, columns),
         **({"bias": normal(1, columns)} if len(first) == 1 else {}),
@@ -141,8 +145,8 @@ CASES = {
     "plain_quick_gelu": functools.partial(_case, rows=256, columns=192, ranks=(16, 16), activation="quick_gelu"),
     "plain_gelu": functools.partial(_case, rows=37, columns=75, ranks=(5, 20), activation="gelu"),
     "ragged_everywhere": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20), activation="silu"),
-    "beside": functools.partial(_case, rows=128, columns=128, ranks=(16, 16, 16), activation="silu", padding=48),
-    "plain_beside": functools.partial(_case, rows=37, columns=80, ranks=(5, 16), activation="gelu", padding=0),
+    "beside": functools.partial(_case, rows=128, columns=128, ranks=(16, 16, 16), activation="silu", padding=48, scaled=False),
+    "plain_beside": functools.partial(_case, rows=37, columns=80, ranks=(5, 16), activation="gelu", padding=0, scaled=False),
     "fewer_columns_than_parts": functools.partial(_case, rows=3, columns=80, ranks=(16, 8, 4), activation="silu"),
 }
 

@@ -41,7 +41,7 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 def made(
     products: Sequence[Array],
-    scales: Sequence[Array],
+    scales: Sequence[Array] | None,
     updates: Sequence[tuple[Array, Array]],
     a: Float[Array, "R F"],
     bias: Array | None,
@@ -55,8 +55,11 @@ def made(
     config = dataclasses.asdict(_tuned.config("adapted_activation", "triton", kind, (rows, columns, ranks["R"])))
     splits = config.pop("SPLITS")
     width = columns if padding is None else columns + ranks["R"] + padding
-    constants: dict[str, Any] = {"M": rows, "N": columns, "WIDTH": width, "GATED": bias is None, "ACTIVATION": function.activation, **ranks}
+    constants: dict[str, Any] = {"M": rows, "N": columns, "WIDTH": width, **ranks}
     constants |= {
+        "SCALED": scales is not None,
+        "GATED": bias is None,
+        "ACTIVATION": function.activation,
         "BLOCK_E": _triton.block_r(ranks["R_E"]),
         "BLOCK_G": _triton.block_r(ranks["R_G"]),
         "BLOCK_R": _triton.block_r(ranks["R"]),
@@ -65,7 +68,8 @@ def made(
         _triton.float8_code().adapted_activation,
         # Without a gate the bias is in its product's place, and nothing else of it is read.
         *(products[0], products[-1] if bias is None else bias),
-        *(each for pair in (scales, us, bs) for each in (pair[0], pair[-1])),
+        # What is not SCALED reads no scales.
+        *(each for pair in (scales or us, us, bs) for each in (pair[0], pair[-1])),
         a,
         out=(jax.ShapeDtypeStruct((rows, width), a.dtype), jax.ShapeDtypeStruct((splits, rows, ranks["R"]), jnp.float32)),
         grid=(-(-rows // config["BLOCK_M"]) * splits,),

@@ -18,7 +18,7 @@ def refuses(e: Any, ranks: tuple[int, ...]) -> str | None:
 
 def made(
     products: Sequence[Array],
-    scales: Sequence[Array],
+    scales: Sequence[Array] | None,
     updates: Sequence[tuple[Array, Array]],
     a: Float[Array, "R F"],
     bias: Array | None,
@@ -26,15 +26,18 @@ def made(
     padding: int | None,
 ) -> tuple[Array, Array]:
     """As `adapted_activation` returns them."""
-    finished = (adapted(z, s, *update) for z, s, update in zip(products, scales, updates, strict=True))
+    finished = (adapted(z, s, *update) for z, s, update in zip(products, scales or [None] * len(products), updates, strict=True))
     h = function(*finished, *(() if bias is None else (bias,)))
     u = _contracted(h, a)
     return beside(h, u, padding), u
 
 
-def adapted(z: Float[Array, "N F"], scales: Float[Array, " N"], u: Float[Array, "N R"], b: Float[Array, "F R"]) -> Float[Array, "N F"]:
+def adapted(
+    z: Float[Array, "N F"], scales: Float[Array, " N"] | None, u: Float[Array, "N R"], b: Float[Array, "F R"]
+) -> Float[Array, "N F"]:
     """scales_i · z_i + u_i bᵀ, added in fp32 and rounded once."""
-    return (z.astype(jnp.float32) * scales[:, None] + _contracted(u, b)).astype(z.dtype)
+    y = z.astype(jnp.float32) if scales is None else z.astype(jnp.float32) * scales[:, None]
+    return (y + _contracted(u, b)).astype(z.dtype)
 
 
 def _contracted(x: Float[Array, "N P"], y: Float[Array, "Q P"]) -> Float[Array, "N Q"]:

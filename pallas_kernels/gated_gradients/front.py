@@ -13,7 +13,7 @@ from pallas_kernels._kernel import Case, Kernel
 from pallas_kernels.gated_gradients import triton, xla
 from pallas_kernels.lora_swiglu.activations import ACTIVATIONS
 
-type Unscaled = Sequence[tuple[Float[Array, " N"], Float[Array, "F _"]]]
+type Unadapted = Sequence[tuple[Float[Array, " N"] | None, Float[Array, "F _"]]]
 
 _BACKENDS = {"triton": triton, "xla": xla}
 
@@ -28,7 +28,7 @@ def gated_gradients(
     a: Float[Array, "Rd F"],
     *,
     scales: Float[Array, " N"] | None = None,
-    unscaled: Unscaled | None = None,
+    unadapted: Unadapted | None = None,
     activation: str = "silu",
     backend: str = "auto",
 ) -> tuple[Float[Array, "N F"], Float[Array, "N F"], Float[Array, "F Rg"], Float[Array, "F Ru"], Float[Array, "Rd F"]]:
@@ -38,10 +38,10 @@ def gated_gradients(
 
     These are the gradients by a gated MLP's two projections, by the B of their adapters (u = A x) and by the A of the adapter of the
     projection that follows, whose part of t comes as du = dy (s B) and its A, and what comes through its weight as dh, whose rows fp32
-    ``scales`` multiply where it comes without them. So may e and g: ``unscaled`` are the fp32 scales of their rows and their adapters'
-    s·B [F, R], and scales ∘ e + u bᵀ is then meant. de and dg come in e's dtype, the sums over the rows in fp32, of values rounded to e's
-    dtype. On a GPU a kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not read again. What it
-    makes in between stays in fp32, where XLA rounds scales ∘ e + u bᵀ and act(e).
+    ``scales`` multiply where it comes without them. So may e and g: ``unadapted`` are the fp32 scales of their rows (both's or neither's)
+    and their adapters' s·B [F, R], and scales ∘ e + u bᵀ is then meant. de and dg come in e's dtype, the sums over the rows in fp32, of
+    values rounded to e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not
+    read again. What it makes in between stays in fp32, where XLA rounds scales ∘ e + u bᵀ and act(e).
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1, 1))
@@ -52,9 +52,9 @@ def gated_gradients(
       ValueError: shapes or dtypes disagree, or nobody knows the activation or the backend.
       NotImplementedError: the named backend cannot run this call; the text says why.
     """
-    _check(e, g, dh, (u_gate, u_up, du), a, scales, unscaled, activation)
-    chosen = KERNEL.choose(backend, e, g, dh, u_gate, u_up, du, a, scales=scales, unscaled=unscaled, activation=activation)
-    return _BACKENDS[chosen].gradients((e, g), dh, (u_gate, u_up), du, a, scales, unscaled, activation)
+    _check(e, g, dh, (u_gate, u_up, du), a, scales, unadapted, activation)
+    chosen = KERNEL.choose(backend, e, g, dh, u_gate, u_up, du, a, scales=scales, unadapted=unadapted, activation=activation)
+    return _BACKENDS[chosen].gradients((e, g), dh, (u_gate, u_up), du, a, scales, unadapted, activation)
 
 
 def reference(
@@ -67,15 +67,15 @@ def reference(
     a: Array,
     *,
     scales: Array | None = None,
-    unscaled: Unscaled | None = None,
+    unadapted: Unadapted | None = None,
     activation: str = "silu",
 ) -> tuple[Array, ...]:
     """The arguments and results of `gated_gradients`, by autodiff of the definition; computed in fp32."""
     e32, g32, dh32, u_gate32, u_up32, du32, a32 = (x.astype(jnp.float32) for x in (e, g, dh, u_gate, u_up, du, a))
-    if unscaled is not None:
-        (e_scales, b_gate), (g_scales, b_up) = unscaled
-        e32 = e_scales[:, None] * e32 + u_gate32 @ b_gate.astype(jnp.float32).T
-        g32 = g_scales[:, None] * g32 + u_up32 @ b_up.astype(jnp.float32).T
+    if unadapted is not None:
+        (e_scales, b_gate), (g_scales, b_up) = unadapted
+        e32 = (1 if e_scales is None else e_scales[:, None]) * e32 + u_gate32 @ b_gate.astype(jnp.float32).T
+        g32 = (1 if g_scales is None else g_scales[:, None]) * g32 + u_up32 @ b_up.astype(jnp.float32).T
     h, pull = jax.vjp(lambda e, g: ACTIVATIONS[activation](e) * g, e32, g32)
     de, dg = pull((dh32 if scales is None else scales[:, None] * dh32) + du32 @ a32)
     return de.astype(e.dtype), dg.astype(e.dtype), de.T @ u_gate32, dg.T @ u_up32, du32.T @ h
@@ -88,7 +88,7 @@ def _check(
     columns: tuple[Array, ...],
     a: Array,
     scales: Array | None,
-    unscaled: Unscaled | None,
+    unadapted: Unadapted | None,
     activation: str,
 ) -> None:
     faults = []
@@ -99,12 +99,14 @@ def _check(
         faults.append(f"expected columns [{e.shape[0]}, R], got {', '.join(map(str, wrong))}")
     if a.shape != (columns[-1].shape[-1], e.shape[-1]):
         faults.append(f"expected a [{columns[-1].shape[-1]}, {e.shape[-1]}], got {list(a.shape)}")
-    others = unscaled or ()
+    others = unadapted or ()
     wrong = [s for s in (scales, *(s for s, _ in others)) if s is not None and (s.shape != e.shape[:1] or s.dtype != jnp.float32)]
     if wrong:
         faults.append(f"expected scales [{e.shape[0]}] in float32, got {', '.join(f'{s.shape} {s.dtype}' for s in wrong)}")
+    if len({s is None for s, _ in others}) > 1:
+        faults.append("expected scales of both e and g or of neither, got those of one")
     bs = [b for _, b in others]
-    if unscaled is not None and [b.shape for b in bs] != [(e.shape[-1], u.shape[-1]) for u in columns[:-1]]:
+    if unadapted is not None and [b.shape for b in bs] != [(e.shape[-1], u.shape[-1]) for u in columns[:-1]]:
         faults.append(f"expected bs [{e.shape[-1]}, R] for each of {len(columns) - 1} products, got {', '.join(str(b.shape) for b in bs)}")
     dtypes = {str(x.dtype) for x in (e, g, dh, *columns, a, *bs)}
     if len(dtypes) > 1:
@@ -121,8 +123,9 @@ def _refuses(backend: str, e: Any, g: Any, dh: Any, u_gate: Any, u_up: Any, du: 
 
 
 def _case(
-    dtype: Any, *, rows: int, columns: int, ranks: tuple[int, int, int], scaled: bool = False, unscaled: bool = False, **static: Any
+    dtype: Any, *, rows: int, columns: int, ranks: tuple[int, int, int], scaled: bool = False, unadapted: str = "", **static: Any
 ) -> Case:
+    """``unadapted``: "unscaled" too, or "scaled" already."""
     draw = np.random.default_rng(0)
     shapes = {name: (rows, columns) for name in ("e", "g", "dh")}
     shapes |= {name: (rows, rank) for name, rank in zip(("u_gate", "u_up", "du"), ranks, strict=True)} | {"a": (ranks[2], columns)}
@@ -133,8 +136,11 @@ def _case(
 
     if scaled:
         arrays["scales"] = row_scales()
-    if unscaled:
-        arrays["unscaled"] = tuple((row_scales(), jnp.asarray(draw.standard_normal((columns, rank)), dtype)) for rank in ranks[:2])
+    if unadapted:
+        scales = [row_scales() if unadapted == "unscaled" else None for _ in range(2)]
+        arrays["unadapted"] = tuple(
+            (s, jnp.asarray(draw.standard_normal((columns, rank)), dtype)) for s, rank in zip(scales, ranks[:2], strict=True)
+        )
     return Case(arrays=arrays, static=static, wrt=())
 
 
@@ -144,8 +150,9 @@ CASES = {
     "gelu_tanh": functools.partial(_case, rows=128, columns=128, ranks=(16, 16, 16), activation="gelu_tanh"),
     "ragged_everywhere": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20)),
     "scaled": functools.partial(_case, rows=173, columns=128, ranks=(16, 16, 16), scaled=True),
-    "unscaled": functools.partial(_case, rows=256, columns=192, ranks=(16, 16, 16), scaled=True, unscaled=True),
-    "ragged_unscaled": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20), unscaled=True, activation="gelu"),
+    "unscaled": functools.partial(_case, rows=256, columns=192, ranks=(16, 16, 16), scaled=True, unadapted="unscaled"),
+    "ragged_unscaled": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20), unadapted="unscaled", activation="gelu"),
+    "unadapted": functools.partial(_case, rows=256, columns=192, ranks=(16, 16, 16), unadapted="scaled"),
     "fewer_rows_than_parts": functools.partial(_case, rows=3, columns=80, ranks=(16, 8, 4)),
 }
 

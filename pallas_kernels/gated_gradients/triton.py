@@ -37,11 +37,12 @@ def gradients(
     du: Array,
     a: Array,
     scales: Float[Array, " N"] | None,
-    unscaled: Any,
+    unadapted: Any,
     activation: str,
 ) -> Any:
     """As `gated_gradients` returns them."""
     rows, columns = dh.shape
+    (e_scales, g_scales), bs = ((None, None), (du, du)) if unadapted is None else zip(*unadapted, strict=True)
     config = dataclasses.asdict(_tuned.config("gated_gradients", "triton", Config, (rows, columns, du.shape[1])))
     splits = config.pop("SPLITS")
     ranks = [u.shape[1] for u in (*us, du)]
@@ -51,9 +52,8 @@ def gradients(
     names = ("GATE", "UP", "DOWN")
     de, dg, *parts = _triton.call(
         _triton.device_code().gated_gradients,
-        # What is not SCALED reads no scales, and what is not UNSCALED none of the last four.
-        *(*both, dh, *us, du, a, du if scales is None else scales),
-        *((du,) * 4 if unscaled is None else (each for pair in zip(*unscaled, strict=True) for each in pair)),
+        # What there is not, it does not read.
+        *(*both, dh, *us, du, a, *(du if s is None else s for s in (scales, e_scales, g_scales)), *bs),
         out=(wide, wide, *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),
         config=config,
@@ -61,7 +61,7 @@ def gradients(
         in_place={0: 0, 2: 1},
         **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
         STAGES=config["num_stages"],
-        **{"SCALED": scales is not None, "UNSCALED": unscaled is not None},
+        **{"SCALED": scales is not None, "UNADAPTED": unadapted is not None, "UNSCALED": e_scales is not None},
         **{f"R_{name}": rank for name, rank in zip(names, ranks, strict=True)},
         **{f"BLOCK_{name}": _triton.block_r(rank) for name, rank in zip(names, ranks, strict=True)},
     )

@@ -23,13 +23,13 @@ def gradients(
     du: Array,
     a: Array,
     scales: Float[Array, " N"] | None,
-    unscaled: Any,
+    unadapted: Any,
     activation: str,
 ) -> Any:
     """As `gated_gradients` returns them."""
     e, g = both
-    if unscaled is not None:
-        e, g = (adapted(z, s, u, b) for z, u, (s, b) in zip(both, us, unscaled, strict=True))
+    if unadapted is not None:
+        e, g = (adapted(z, s, u, b) for z, u, (s, b) in zip(both, us, unadapted, strict=True))
     h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
     de, dg = pull(with_update(dh, du, a, scales))
     return de, dg, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)

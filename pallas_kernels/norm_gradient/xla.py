@@ -16,13 +16,14 @@ def refuses(x: Any) -> str | None:
 
 
 def gradient(
-    function: Function, inputs: Sequence[Array], dy: Float[Array, "N C"], past: Float[Array, "N D"], scaled: Sequence[Array] | None
+    function: Function, inputs: Sequence[Array], dy: Float[Array, "N C"], past: Float[Array, "N D"], scales: Any, added: Any
 ) -> Float[Array, "N D"]:
     """As `norm_gradient` returns it."""
     x, *rows = inputs
     _, pull = jax.vjp(lambda x: function(x, *rows), x)
-    dy = dy[:, : x.shape[1]]
-    if scaled is not None:
-        scales, added = scaled
-        dy = (dy.astype(jnp.float32) * scales[:, None] + added).astype(dy.dtype)
-    return pull(dy)[0] + past
+    whole = dy[:, : x.shape[1]].astype(jnp.float32)
+    if scales is not None:
+        whole *= scales[:, None]
+    if added is not None:
+        whole += added
+    return pull(whole.astype(dy.dtype))[0] + past

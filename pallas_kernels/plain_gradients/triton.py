@@ -23,7 +23,7 @@ class Config(gated_gradients.Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UnscaledConfig(Config):
+class UnadaptedConfig(Config):
     """What is made of a tile before it is used takes registers."""
 
     BLOCK_M: int = 32
@@ -36,12 +36,13 @@ def gradients(
     u: Array,
     du: Array,
     update: Any,
-    unscaled: Any,
+    unadapted: Any,
     activation: str,
 ) -> Any:
     """As `plain_gradients` returns them."""
     rows, columns = e.shape
-    kind = Config if unscaled is None else UnscaledConfig
+    e_scales, b = (None, du) if unadapted is None else unadapted
+    kind = Config if unadapted is None else UnadaptedConfig
     config = dataclasses.asdict(_tuned.config("plain_gradients", "triton", kind, (rows, columns, du.shape[1])))
     splits = config.pop("SPLITS")
     ranks = {"UP": u.shape[1], "DOWN": du.shape[1]}
@@ -49,9 +50,9 @@ def gradients(
     de, *parts = _triton.call(
         _triton.device_code().plain_gradients,
         *(e, bias, dh, u, du),
-        # What is not SCALED reads neither scales nor a, what is not UNSCALED none of the last two.
+        # What there is not, it does not read.
         *((du, du) if update is None else reversed(update)),
-        *((du, du) if unscaled is None else unscaled),
+        *(du if e_scales is None else e_scales, b),
         out=(jax.ShapeDtypeStruct(e.shape, e.dtype), *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),
         config=config,
@@ -59,8 +60,8 @@ def gradients(
         in_place={2: 0},
         **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
         STAGES=config["num_stages"],
-        **{"SCALED": update is not None, "UNSCALED": unscaled is not None},
+        **{"SCALED": update is not None, "UNADAPTED": unadapted is not None, "UNSCALED": e_scales is not None},
         **{f"R_{name}": rank for name, rank in ranks.items()},
-        **{f"BLOCK_{name}": _triton.block_r(rank, summing=unscaled is None) for name, rank in ranks.items()},
+        **{f"BLOCK_{name}": _triton.block_r(rank, summing=unadapted is None) for name, rank in ranks.items()},
     )
     return de, *(part.sum(0) for part in parts)

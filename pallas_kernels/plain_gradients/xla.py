@@ -19,12 +19,12 @@ def gradients(
     u: Array,
     du: Array,
     update: Any,
-    unscaled: Any,
+    unadapted: Any,
     activation: str,
 ) -> Any:
     """As `plain_gradients` returns them."""
-    if unscaled is not None:
-        scales, b = unscaled
+    if unadapted is not None:
+        scales, b = unadapted
         e = adapted(e, scales, u, b)
     if update is not None:
         scales, a = update

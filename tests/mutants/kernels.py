@@ -36,8 +36,8 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "jaxlora/nn/mlp_products.py",
-        "du, a, scales=scales, unscaled",
-        "du, a, scales=None, unscaled",
+        "du, a, scales=scales, unadapted",
+        "du, a, scales=None, unadapted",
         "the gradient by h is not scaled",
         GATED,
     ),
@@ -48,8 +48,10 @@ KERNEL_MUTANTS = [
         "a backward's products with unscaled updates",
         GATED,
     ),
-    Mutant("jaxlora/nn/mlp_products.py", "if unscaled is not None:", "if False:", "h of unfinished products, for a trained weight", GATED),
-    Mutant("jaxlora/nn/mlp_products.py", "update=update, unscaled", "update=None, unscaled", "a plain MLP's gradient is not scaled", GATED),
+    Mutant("jaxlora/nn/mlp_products.py", "if unadapted is not None:", "if False:", "h of unfinished products, for a trained weight", GATED),
+    Mutant(
+        "jaxlora/nn/mlp_products.py", "update=update, unadapted", "update=None, unadapted", "a plain MLP's gradient is not scaled", GATED
+    ),
     Mutant("pallas_kernels/adapted_activation/xla.py", " + _contracted(u, b))", ")", "an activation without updates", REFERENCE),
     Mutant(
         "jaxlora/weights/base.py",
@@ -58,7 +60,7 @@ KERNEL_MUTANTS = [
         "a rounded product in e4m3 swallows its update",
         FLOAT8,
     ),
-    Mutant("pallas_kernels/norm_gradient/xla.py", "scales[:, None] + added", "scales[:, None]", "an update passes no norm", REFERENCE),
+    Mutant("pallas_kernels/norm_gradient/xla.py", "whole += added", "whole += 0 * added", "an update passes no norm", REFERENCE),
     Mutant("jaxlora/weights/float8.py", "for w in weights]).max()", "for w in weights]).min()", "joined weights overflow", FLOAT8),
     Mutant(
         "jaxlora/weights/float8.py", "jnp.arange(len(self.scale),", "jnp.zeros(len(self.scale),", "the first layer's codes for all", FLOAT8
