@@ -184,6 +184,24 @@ def _adapted_activation(rows: int, columns: int, rank: int, function: Function) 
     return Size(case=case, flops=(flops, flops))
 
 
+def _adapted_sum(rows: int, columns: int, rank: int) -> Size:
+    def case(key: Any) -> Case:
+        shapes = {"z": (rows, columns), "u": (rows, rank), "b": (columns, rank)}
+        drawn = {n: jax.random.normal(k, s, DTYPE) for k, (n, s) in zip(jax.random.split(key, 3), shapes.items(), strict=True)}
+        return Case(arrays={**drawn, "scales": jnp.full(rows, 0.5, jnp.float32)}, static={}, wrt=())
+
+    flops = 2.0 * rows * columns * rank
+    return Size(case=case, flops=(flops, flops))
+
+
+def _logsumexp(rows: int, columns: int) -> Size:
+    def case(key: Any) -> Case:
+        return Case(arrays={"t": jax.random.normal(key, (rows, columns), jnp.float32)}, static={}, wrt=())
+
+    flops = 2.0 * rows * columns
+    return Size(case=case, flops=(flops, flops))
+
+
 def _float8_rows(rows: int, columns: int) -> Size:
     def case(key: Any) -> Case:
         return Case(arrays={"x": jax.random.normal(key, (rows, columns), DTYPE)}, static={}, wrt=())
@@ -249,6 +267,13 @@ SIZES: Mapping[str, Mapping[str, Size]] = {
     "adapted_activation": {
         "silu, 8192 x 14336, r 16": _adapted_activation(8192, 14336, 16, Function("gated", "silu")),
         "quick_gelu, 16384 x 5120, r 16": _adapted_activation(16384, 5120, 16, Function("plain", "quick_gelu")),
+    },
+    "adapted_sum": {
+        "8192 x 4096, r 16": _adapted_sum(8192, 4096, 16),
+        "8192 x 6144, r 48": _adapted_sum(8192, 6144, 48),
+    },
+    "logsumexp": {
+        "512 x 128256": _logsumexp(512, 128256),
     },
     "float8_rows": {
         "8192 x 4096": _float8_rows(8192, 4096),

@@ -37,6 +37,13 @@ def device_code() -> Any:
     return triton_code
 
 
+def row_code() -> Any:
+    """The module of the kernels of whole rows."""
+    from pallas_kernels import row_triton_code
+
+    return row_triton_code
+
+
 def float8_code() -> Any:
     """The module of the kernels around products in e4m3."""
     from pallas_kernels import float8_triton_code

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float, UInt8, UInt32
+from pallas_kernels.adapted_sum import adapted_sum
 from pallas_kernels.packed import Weight, pair, pair_columns, unpair
 
 type LowRank = tuple[Array, Array]
@@ -148,7 +149,7 @@ def input_gradient(
     """
     apart = input_gradient_apart(weights, dys)
     if apart is not None:
-        return scale_rows(*apart, None if update is None else contract_first(*update))
+        return scale_rows(*apart) if update is None else adapted_sum(*apart, update[0], update[1].T)
     if goes_together(weights, 0 if update is None else update[0].shape[1]):
         if update is None:
             return contract_first(beside(*dys), stacked(weights, dys[0].dtype))

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
-from jaxlora.weights.base import AbstractWeight, LowRank, contract_first, contract_last, scale_rows
+from jaxlora.weights.base import AbstractWeight, LowRank, scale_rows
+from pallas_kernels.adapted_sum import adapted_sum
 from pallas_kernels.float8_rows import E4M3, LARGEST, float8_rows
 from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.float8_weight import float8_weight
@@ -96,11 +97,13 @@ class Float8(AbstractWeight):
 
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ (+ u @ bᵀ)."""
-        return scale_rows(*self.matmul_apart(x), None if update is None else contract_last(*update))
+        apart = self.matmul_apart(x)
+        return scale_rows(*apart) if update is None else adapted_sum(*apart, *update)
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W (+ u @ a)."""
-        return scale_rows(*self.matmul_t_apart([dy]), None if update is None else contract_first(*update))
+        apart = self.matmul_t_apart([dy])
+        return scale_rows(*apart) if update is None else adapted_sum(*apart, update[0], update[1].T)
 
     def rounded(self) -> Float[Array, "O columns"]:
         """W₈ [O, I'], with zeros where storage pads I to I'."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.adapted_activation.xla import adapted
+from pallas_kernels.adapted_sum.xla import total
 from pallas_kernels.lora_swiglu.activations import product
 
 
@@ -29,7 +29,7 @@ def gradients(
     """As `gated_gradients` returns them."""
     e, g = both
     if unadapted is not None:
-        e, g = (adapted(z, s, u, b) for z, u, (s, b) in zip(both, us, unadapted, strict=True))
+        e, g = (total(z, s, u, b) for z, u, (s, b) in zip(both, us, unadapted, strict=True))
     h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
     de, dg = pull(with_update(dh, du, a, scales))
     return de, dg, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)

@@ -1,4 +1,4 @@
-"""Two Triton kernels, sm80 and up; the device code is `pallas_kernels.triton_code`."""
+"""Two Triton kernels, sm80 and up; the device code is in `pallas_kernels.triton_code` and `pallas_kernels.row_triton_code`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def columns(function: Function, inputs: Sequence[Array], a: Float[Array, "R F"],
         u, statistics = parts.sum(0).astype(a.dtype), None
     else:
         both, statistics = _triton.call(
-            _triton.device_code().normed_input,
+            _triton.row_code().normed_input,
             # rms_norm reads no bias.
             *(*inputs, inputs[1])[:3],
             both.shape[1],

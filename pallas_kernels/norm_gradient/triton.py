@@ -1,4 +1,4 @@
-"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_code`."""
+"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.row_triton_code`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def gradient(
     x, weight = inputs[:2]
     config = dataclasses.asdict(_tuned.config("norm_gradient", "triton", Config, x.shape))
     return _triton.call(
-        _triton.device_code().norm_gradient,
+        _triton.row_code().norm_gradient,
         # What there is not, it does not read.
         *(x, weight, dy, weight if scales is None else scales, past if added is None else added, past, dy.shape[1]),
         out=jax.ShapeDtypeStruct(x.shape, x.dtype),

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.adapted_activation.xla import adapted
+from pallas_kernels.adapted_sum.xla import total
 from pallas_kernels.functions import Function
 from pallas_kernels.gated_gradients.xla import outer, refuses, with_update
 
@@ -25,7 +25,7 @@ def gradients(
     """As `plain_gradients` returns them."""
     if unadapted is not None:
         scales, b = unadapted
-        e = adapted(e, scales, u, b)
+        e = total(e, scales, u, b)
     if update is not None:
         scales, a = update
         dh = with_update(dh, du, a, scales)

@@ -52,11 +52,11 @@ KERNEL_MUTANTS = [
     Mutant(
         "jaxlora/nn/mlp_products.py", "update=update, unadapted", "update=None, unadapted", "a plain MLP's gradient is not scaled", GATED
     ),
-    Mutant("pallas_kernels/adapted_activation/xla.py", " + _contracted(u, b))", ")", "an activation without updates", REFERENCE),
+    Mutant("pallas_kernels/adapted_activation/xla.py", "total(z, s, *update)", "z", "an activation without updates", REFERENCE),
     Mutant(
-        "jaxlora/weights/base.py",
-        "(y if added is None else y + added).astype(z.dtype)",
-        "y.astype(z.dtype) if added is None else y.astype(z.dtype) + added.astype(z.dtype)",
+        "pallas_kernels/adapted_sum/xla.py",
+        "return (y + jax.lax.dot_general(u, b, (((1,), (1,)), ((), ())))).astype(z.dtype)",
+        "return y.astype(z.dtype) + jax.lax.dot_general(u, b, (((1,), (1,)), ((), ())))",
         "a rounded product in e4m3 swallows its update",
         FLOAT8,
     ),
@@ -143,7 +143,7 @@ KERNEL_MUTANTS = [
         LINEAR,
     ),
     Mutant(
-        "pallas_kernels/linear_cross_entropy.py",
+        "pallas_kernels/logsumexp/xla.py",
         "b[1] * jnp.exp(b[0] - largest)",
         "b[1]",
         "a row's sum forgets to rescale",

@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels import KERNELS, _triton
 from pallas_kernels.adapted_activation import triton as adapted_backend
+from pallas_kernels.adapted_sum import triton as sum_backend
 from pallas_kernels.float8_rows import triton as rows_backend
 from pallas_kernels.float8_transposed import float8_transposed
 from pallas_kernels.float8_transposed import triton as turned_backend
@@ -20,6 +21,7 @@ from pallas_kernels.float8_weight import triton as weight_backend
 from pallas_kernels.gated_gradients import triton as gradients_backend
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul import triton as product_backend
+from pallas_kernels.logsumexp import triton as logsumexp_backend
 from pallas_kernels.lora_input import triton as input_backend
 from pallas_kernels.lora_swiglu import triton as gated_backend
 from pallas_kernels.norm_gradient import triton as norm_backend
@@ -34,10 +36,12 @@ TRITON = {
     "int4_matmul": product_backend,
     "lora_swiglu": gated_backend,
     "adapted_activation": adapted_backend,
+    "adapted_sum": sum_backend,
     "float8_rows": rows_backend,
     "float8_transposed": turned_backend,
     "float8_weight": weight_backend,
     "gated_gradients": gradients_backend,
+    "logsumexp": logsumexp_backend,
     "lora_input": input_backend,
     "plain_gradients": plain_backend,
     "norm_gradient": norm_backend,
@@ -205,7 +209,7 @@ def launch(kernel, case, monkeypatch, record):
     """Has the Triton backend of a kernel launch into ``record``, with small blocks."""
     module = TRITON[kernel.name]
     monkeypatch.setattr(_triton, "call", record)
-    for code in ("device_code", "float8_code"):
+    for code in ("device_code", "row_code", "float8_code"):
         monkeypatch.setattr(_triton, code, lambda: NAMES)
     monkeypatch.setattr(module, "refuses", lambda *_: None)
     config = module.Config(**{name: size for name, size in BLOCKS.items() if hasattr(module.Config, name)})
@@ -220,4 +224,4 @@ class NAMES:
     plain_gradients, norm_gradient = "plain_gradients", "norm_gradient"
     adapted_activation, float8_rows, float8_transposed = "adapted_activation", "float8_rows", "float8_transposed"
     float8_weight = "float8_weight"
-    activated_input, normed_input = "activated_input", "normed_input"
+    activated_input, normed_input, logsumexp, adapted_sum = "activated_input", "normed_input", "logsumexp", "adapted_sum"
