@@ -192,7 +192,7 @@ def _drop(linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) ->
 
 
 def widens(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
-    """Whether these Linears make function(*inputs) themselves: a kernel makes it, and their adapters' columns are to be beside it."""
+    """Whether these Linears make function(*inputs) themselves: a kernel makes it, with their adapters' columns beside it or apart."""
     if _drop(linears, keys):
         return False
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)

@@ -82,10 +82,10 @@ def branch(
     for dropout.
     """
     function, inputs = norm.definition(x)
-    if widens(function, inputs, linears, keys):
-        return fork(function, inputs, spare_columns(linears))
     if leaves_scales(function, inputs, linears, keys):
         return fork(function, inputs, 0, scaled=True)
+    if widens(function, inputs, linears, keys):
+        return fork(function, inputs, spare_columns(linears))
     return x, function(*inputs)
 
 

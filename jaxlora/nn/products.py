@@ -53,7 +53,7 @@ MANY_ROWS = 2048
 
 
 def makes_input(how: How, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
-    """Whether a kernel makes act(*inputs) with the adapters' columns beside it, and the products want it so.
+    """Whether a kernel makes act(*inputs), with the adapters' columns beside it where the products are of decoded weights and want it so.
 
     Of inputs, or of their shapes and dtypes.
     """
@@ -61,10 +61,14 @@ def makes_input(how: How, inputs: Sequence[Any], weights: Weights, loras: Loras)
     (rows, width), ranks = inputs[0].shape, [lora.rank for lora in loras if lora is not None]
     if not (making and isinstance(act, Function)) or any(rates) or len(ranks) < len(weights) or rows < MANY_ROWS:
         return False
-    if not (one_product(width, sum(ranks)) and all(w.decoded for w in weights)):
+    if _decoded(weights) and not one_product(width, sum(ranks)):
         return False
     a = jax.ShapeDtypeStruct((sum(ranks), width), inputs[0].dtype)
     return INPUT.choose("auto", inputs, a, function=act) != "xla"
+
+
+def _decoded(weights: Weights) -> bool:
+    return all(w.decoded for w in weights)
 
 
 def scaled_by_norm(function: Function, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
@@ -92,8 +96,9 @@ def all_products(
     """The y_i, the columns u_i = A_i drop_i(x) of those with an adapter, and the statistics of a norm whose gradient a kernel makes."""
     act, rates, _ = how
     if value is None and makes_input(how, inputs, weights, loras):
-        both, columns, us, statistics = made_input(act, inputs, loras, beside=True)
-        return _wide_ys(both, weights, loras, columns), us, statistics
+        beside = _decoded(weights)
+        made, columns, us, statistics = made_input(act, inputs, loras, beside=beside)
+        return _wide_ys(made, weights, loras, columns) if beside else _ys(made, weights, loras, us), us, statistics
     x = act(*inputs) if value is None else value
     # Kept before they are used: a product that is computed again does not need them again.
     us = kept(down(rates, x, loras, keys))
@@ -112,7 +117,7 @@ def made_input(act: Activation, inputs: Inputs, loras: Loras, *, beside: bool) -
 
 def norm_statistics(act: Activation, inputs: Inputs, weights: Weights) -> Array | None:
     """A norm's statistics, where no kernel makes them but one makes its gradient; None of what is no norm."""
-    statistics = act.statistics(inputs[0]) if isinstance(act, Function) and not all(w.decoded for w in weights) else None
+    statistics = act.statistics(inputs[0]) if isinstance(act, Function) and not _decoded(weights) else None
     return None if statistics is None else checkpoint_name(statistics, "lora_u")
 
 

@@ -121,9 +121,10 @@ def test_a_norm_is_computed_apart_for_others(reason, in_one_pass, made, monkeypa
     assert not isinstance(normed, Pending)
 
 
+@pytest.mark.parametrize("making", [False, True])
 @pytest.mark.parametrize("block", ["projections", "mlp"])
-def test_a_pending_norm_puts_the_gradient_of_products_in_e4m3_together(block, in_one_pass, monkeypatch):
-    """By x, by the norm's weight and by the adapters."""
+def test_a_pending_norm_puts_the_gradient_of_products_in_e4m3_together(block, making, in_one_pass, monkeypatch):
+    """By x, by the norm's weight and by the adapters; with "dots" a kernel makes the norm too."""
     monkeypatch.setattr("jaxlora.nn.products.MANY_ROWS", 1)
     loras = [linear(10 * i, 64, weight=Int4).lora for i in range(3)]
 
@@ -139,13 +140,14 @@ def test_a_pending_norm_puts_the_gradient_of_products_in_e4m3_together(block, in
         return sum(jnp.vdot(y, normal(50 + i, *y.shape)) for i, y in enumerate(ys)) + jnp.vdot(past, normal(60, *x.shape))
 
     def gradients():
-        return jax.grad(loss, argnums=(0, 1, 2))(normal(70, 2, 5, 64), 1 + normal(90, 64) / 8, loras)
+        with making_inputs(making):
+            return jax.grad(loss, argnums=(0, 1, 2))(normal(70, 2, 5, 64), 1 + normal(90, 64) / 8, loras)
 
     in_one_pass("adapted_activation", "gated_gradients")
     expected = gradients()
-    ran = in_one_pass("norm_gradient")
+    ran = in_one_pass("norm_gradient", "lora_input")
     assert_close(gradients(), expected)
-    assert ran["norm_gradient"] == 1
+    assert ran["norm_gradient"] == 1 and ran["lora_input"] == making
 
 
 @pytest.mark.parametrize("scaled", [False, True])
