@@ -157,9 +157,9 @@ def _lora_input(rows: int, columns: int, rank: int, function: Function) -> Size:
     return Size(case=case, flops=(flops, flops))
 
 
-def _norm_gradient(rows: int, columns: int, more: int, function: Function) -> Size:
+def _norm_gradient(rows: int, columns: int, function: Function) -> Size:
     def case(key: Any) -> Case:
-        dy, past = (jax.random.normal(k, (rows, n), DTYPE) for k, n in zip(jax.random.split(key), (columns + more, columns), strict=True))
+        dy, past = (jax.random.normal(k, (rows, columns), DTYPE) for k in jax.random.split(key))
         arrays = {"inputs": _inputs(key, function, rows, columns), "dy": dy, "past": past}
         return Case(arrays=arrays, static={"function": function}, wrt=())
 
@@ -261,8 +261,8 @@ SIZES: Mapping[str, Mapping[str, Size]] = {
         "quick_gelu, 16384 x 5120, r 16": _lora_input(16384, 5120, 16, Function("plain", "quick_gelu")),
     },
     "norm_gradient": {
-        "rms_norm, 8192 x 4096": _norm_gradient(8192, 4096, 32, _RMS),
-        "layer_norm, 16384 x 1280": _norm_gradient(16384, 1280, 16, _LAYER),
+        "rms_norm, 8192 x 4096": _norm_gradient(8192, 4096, _RMS),
+        "layer_norm, 16384 x 1280": _norm_gradient(16384, 1280, _LAYER),
     },
     "adapted_activation": {
         "silu, 8192 x 14336, r 16": _adapted_activation(8192, 14336, 16, Function("gated", "silu")),

@@ -93,10 +93,13 @@ def adapted_activation(
 @triton.jit
 def adapted_sum(
     z, scales, u, b, y,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N], an `adapted_tile` of z, scales [M] where ``SCALED``, u [M, R] and b [N, R]; a program walks ``COLUMNS`` columns."""
+    """y [M, N], an `adapted_tile` of z [M, WIDTH], scales [M] where ``SCALED``, u [M, R] and b [N, R].
+
+    A program walks ``COLUMNS`` columns.
+    """
     tiles = tl.cdiv(M, BLOCK_M)
     part, rows = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_kept = rows < M
@@ -104,9 +107,9 @@ def adapted_sum(
     for first in tl.range(0, COLUMNS, BLOCK_N, num_stages=STAGES):
         columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
         column_kept = columns < N
-        place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
+        place, kept = rows[:, None].to(tl.int64) * WIDTH + columns[None], row_kept[:, None] & column_kept[None]
         total = adapted_tile(z, place, kept, scale, u_tile, transposed_columns(b, columns, column_kept, R, BLOCK_R), SCALED)
-        tl.store(y + place, total.to(y.dtype.element_ty), mask=kept)
+        tl.store(y + rows[:, None].to(tl.int64) * N + columns[None], total.to(y.dtype.element_ty), mask=kept)
 
 
 @triton.jit

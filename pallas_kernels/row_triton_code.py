@@ -47,23 +47,17 @@ def normed_input(
 
 @triton.jit
 def norm_gradient(
-    x, weight, dy, scales, added, past, width, dx,
-    M: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, CENTRED: tl.constexpr,
-    EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weight, dy, past, dx,
+    M: tl.constexpr, N: tl.constexpr, CENTRED: tl.constexpr, EPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx [M, N] = past + (g - n · mean(g · n)) / rms(x), n = x / rms(x), g = weight · dy; ``CENTRED``: n = (x - mean) / std, less mean(g).
 
-    dy [M, width] has N columns that count: scales [M] times these are meant where ``SCALED``, plus added [M, N] where ``ADDED``. A row is
-    one block.
+    A row is one block.
     """
     rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     kept, at = (rows < M)[:, None] & (columns < N)[None], rows[:, None].to(tl.int64) * N + columns[None]
     value = tl.load(x + at, mask=kept, other=0.0).to(tl.float32)
-    g = tl.load(dy + row_starts(rows, width, ALIGNED) + columns[None], mask=kept, other=0.0).to(tl.float32)
-    if SCALED:
-        g *= tl.load(scales + rows, mask=rows < M, other=0.0)[:, None]
-    if ADDED:
-        g += tl.load(added + at, mask=kept, other=0.0).to(tl.float32)
+    g = tl.load(dy + at, mask=kept, other=0.0).to(tl.float32)
     g *= tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)[None]
     if CENTRED:
         value = tl.where(kept, value - (tl.sum(value, axis=1) / N)[:, None], 0.0)

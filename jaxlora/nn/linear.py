@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlora.nn.mlp_products import mlp_rows
-from jaxlora.nn.pending import Hollow, Pending
-from jaxlora.nn.products import Activation, Inputs, gated_rows, identity, makes_input, named, project_rows, scaled_by_norm
+from jaxlora.nn.pending import Pending
+from jaxlora.nn.products import Activation, Inputs, gated_rows, identity, makes_gradient, makes_input, named, project_rows
 from jaxlora.typing import Array, Float, PRNGKeyArray
-from jaxlora.weights.base import AbstractWeight, abstract, goes_beside, padding
+from jaxlora.weights.base import AbstractWeight, abstract
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.functions import Function
@@ -138,6 +138,7 @@ def project_mlp(
     if drops or len(loras) < len(linears) or any((linear.bias is None) != gated for linear in first) or not (gated or making):
         return None
     act, inputs, hollow = (x.function, x.inputs, x.hollow) if isinstance(x, Pending) else (identity, (x,), None)
+    hollow = None if hollow is None else hollow.reshape(-1, hollow.shape[-1])
     rows, weights = tuple(v.reshape(-1, v.shape[-1]) for v in inputs), tuple(_weight(linear) for linear in linears)
     dtype = rows[0].dtype
     bias = None if gated else _bias(first[0], dtype)
@@ -169,7 +170,7 @@ def _project_from(
     inputs: Sequence[Array],
     keys: Any,
     value: Array | None = None,
-    hollow: Hollow | None = None,
+    hollow: Array | None = None,
 ) -> tuple[Array, ...]:
     leading = inputs[0].shape[:-1]
     rows = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
@@ -181,6 +182,7 @@ def _project_from(
         0.0 if key is None or lora is None else linear.lora_dropout for linear, lora, key in zip(linears, loras, keys, strict=True)
     )
     used = tuple(key if rate else None for rate, key in zip(rates, keys, strict=True))
+    hollow = None if hollow is None else hollow.reshape(rows[0].shape)
     ys = project_rows((act, rates, _MAKING.get()), rows, hollow, weights, loras, used, value)
     biased = (y if linear.bias is None else y + _bias(linear, y.dtype) for y, linear in zip(ys, linears, strict=True))
     return tuple(y.reshape(*leading, y.shape[-1]) for y in biased)
@@ -191,29 +193,15 @@ def _drop(linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) ->
     return bool(keys) and any(linear.lora_dropout for linear in linears)
 
 
-def widens(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
-    """Whether these Linears make function(*inputs) themselves: a kernel makes it, with their adapters' columns beside it or apart."""
-    if _drop(linears, keys):
-        return False
+def pends(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
+    """Whether these Linears take function(*inputs), a norm, pending: a kernel makes it for them, or its gradient of theirs."""
     weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
-    return makes_input((function, (0.0,), _MAKING.get()), _shapes_of_rows(inputs), weights, loras)
+    how, shapes = (function, (0.0,), _MAKING.get()), _shapes_of_rows(inputs)
+    return not _drop(linears, keys) and (makes_input(how, shapes, weights, loras) or makes_gradient(function, shapes, weights, loras))
 
 
 def _shapes_of_rows(inputs: Sequence[Array]) -> tuple[Any, ...]:
     return tuple(jax.ShapeDtypeStruct((v.size // v.shape[-1], v.shape[-1]), v.dtype) for v in inputs)
-
-
-def leaves_scales(function: Function, inputs: Inputs, linears: Sequence[Linear], keys: Mapping[str, PRNGKeyArray] | None) -> bool:
-    """Whether the gradient by function(*inputs), a norm that these Linears take, is left to be scaled by the norm's gradient."""
-    weights, loras = tuple(_weight(linear) for linear in linears), tuple(linear.lora for linear in linears)
-    return not _drop(linears, keys) and scaled_by_norm(function, _shapes_of_rows(inputs), weights, loras)
-
-
-def spare_columns(linears: Sequence[Linear]) -> int:
-    """The columns that the gradient of these Linears' input has beyond the input's."""
-    columns = sum(linear.lora.rank for linear in linears if linear.lora is not None)
-    weights = [_weight(linear) for linear in linears]
-    return columns + padding(weights[0].shape[1], columns) if goes_beside(weights, columns) else 0
 
 
 def _bias(linear: Linear, dtype: Any) -> Float[Array, "1 O"]:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.nn.pending import Hollow
 from jaxlora.nn.products import (
     MANY_ROWS,
     Activation,
@@ -31,10 +30,11 @@ from jaxlora.nn.products import (
     sum_over_rows,
 )
 from jaxlora.typing import Array
-from jaxlora.weights.base import AbstractWeight, contract_last, input_gradient, one_product, outer, padding, product_beside, scale_rows
+from jaxlora.weights.base import AbstractWeight, input_gradient, one_product, outer, padding, product_beside
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.adapted_activation import KERNEL as ADAPTED
 from pallas_kernels.adapted_activation import adapted_activation
+from pallas_kernels.adapted_sum import adapted_sum
 from pallas_kernels.functions import Function
 from pallas_kernels.gated_gradients import gated_gradients
 from pallas_kernels.plain_gradients import plain_gradients
@@ -45,7 +45,7 @@ type Scales = tuple[Array | None, ...]
 type Pairs = tuple[tuple[Array | None, Array], ...]
 
 
-def _mlp_forward(how: How, inputs: Inputs, hollow: Hollow | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]) -> Array:
+def _mlp_forward(how: How, inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]) -> Array:
     return _mlp_fwd(how, inputs, hollow, bias, weights, loras)[0]
 
 
@@ -53,7 +53,7 @@ mlp_rows = jax.custom_vjp(_mlp_forward, nondiff_argnums=(0,))
 
 
 def _mlp_fwd(
-    how: How, inputs: Inputs, hollow: Hollow | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
+    how: How, inputs: Inputs, hollow: Array | None, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]
 ) -> tuple[Array, Any]:
     into, activation, making = how
     if not any(w.decoded for w in weights[:-1]) or _adapts(how, inputs, bias, weights, loras):
@@ -117,22 +117,22 @@ def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Functi
 @functools.partial(jax.jit, static_argnums=0)
 def _mlp_bwd(how: How, residuals: Any, dy: Array) -> tuple[Any, ...]:
     into, activation, making = how
-    inputs, hollow, ys, scales, bias, us, last_u, weights, loras, statistics = residuals
+    inputs, pending, ys, scales, bias, us, last_u, weights, loras, statistics = residuals
     first, last = loras[:-1], loras[-1]
     unadapted = None if scales is None else tuple((s, scaled_b(lora, dy.dtype)) for s, lora in zip(scales, first, strict=True))
     dys, dbs, da_last = _wide_gradients(activation, ys, unadapted, bias, tuple(us.values()), weights[-1], last, dy)
     pairs, (x, pull) = dict(enumerate(first)), jax.vjp(into, *inputs)
-    dx, both, *_ = linear_gradients(weights[:-1], first, pairs, dys, us, hollow, making=making)
+    dx, both, *_ = linear_gradients(weights[:-1], first, pairs, dys, us, making=making)
     assert both is not None
     das = split(sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
     dloras = [pair_gradient(lora, da, db) for lora, da, db in zip(first, das, dbs, strict=True)]
     # Only where a weight is trained is h computed once more.
     if unadapted is not None:
-        ys = tuple(scale_rows(z, s, contract_last(u, b)) for z, (s, b), u in zip(ys, unadapted, us.values(), strict=True))
+        ys = tuple(adapted_sum(z, s, u, b) for z, (s, b), u in zip(ys, unadapted, us.values(), strict=True))
     act, wide = _activation(activation, ys, bias)
     dweights = tuple(w.cotangent(*pair) for w, pair in zip(weights, (*((x, each) for each in dys), (act(*wide), dy)), strict=True))
     dbias = None if bias is None else dys[0].astype(jnp.float32).sum(0, keepdims=True).astype(bias.dtype)
-    dinputs, dhollow = (pull(dx.columns[:, : x.shape[1]]), None) if hollow is None else (None, dx)
+    dinputs, dhollow = (pull(dx), None) if pending is None else (None, dx)
     return dinputs, dhollow, dbias, dweights, (*dloras, pair_gradient(last, da_last, outer(dy, last_u)))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.nn.linear import Linear, leaves_scales, spare_columns, widens
+from jaxlora.nn.linear import Linear, pends
 from jaxlora.nn.pending import Pending, fork
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from jaxlora.weights.base import abstract
@@ -78,15 +78,10 @@ def branch(
     """(x, norm(x)), where a residual block begins whose ``linears`` alone take the norm; x goes on past it.
 
     Where kernels run, the norm is pending: the Linears make it with their adapters' columns beside it, and its backward is one pass with
-    the gradient that comes past it, which also scales that gradient's rows where products leave that to others. ``keys`` are the layer's
-    for dropout.
+    the gradient that comes past it. ``keys`` are the layer's for dropout.
     """
     function, inputs = norm.definition(x)
-    if leaves_scales(function, inputs, linears, keys):
-        return fork(function, inputs, 0, scaled=True)
-    if widens(function, inputs, linears, keys):
-        return fork(function, inputs, spare_columns(linears))
-    return x, function(*inputs)
+    return fork(function, inputs) if pends(function, inputs, linears, keys) else (x, function(*inputs))
 
 
 def residual(x: Float[Array, "*N D"], added: Float[Array, "*N D"]) -> Float[Array, "*N D"]:

@@ -12,18 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.nn.pending import Hollow
 from jaxlora.typing import Array, PRNGKeyArray
 from jaxlora.weights.base import (
     AbstractWeight,
-    contract_first,
     contract_last,
     goes_beside,
     goes_together,
     gradients_beside,
     gradients_together,
     input_gradient,
-    input_gradient_apart,
     join,
     one_product,
     outer,
@@ -32,6 +29,7 @@ from jaxlora.weights.base import (
     product_beside,
 )
 from jaxlora.weights.lora import LoRA
+from pallas_kernels.adapted_sum import adapted_sum
 from pallas_kernels.functions import Function
 from pallas_kernels.lora_input import KERNEL as INPUT
 from pallas_kernels.lora_input import lora_input
@@ -71,16 +69,15 @@ def _decoded(weights: Weights) -> bool:
     return all(w.decoded for w in weights)
 
 
-def scaled_by_norm(function: Function, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
-    """Whether the gradient by a norm function(*inputs) is one product with scales of its rows, and an update, which a kernel adds up.
+def makes_gradient(function: Function, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
+    """Whether a kernel makes the gradient of a norm function(*inputs), though none makes the norm: of products that are not decoded.
 
     Of inputs, or of their shapes and dtypes.
     """
     x = inputs[0]
     if x.shape[0] < MANY_ROWS or all(lora is None for lora in loras) or not weights[0].joins(weights[1:]):
         return False
-    scales = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
-    return NORM_GRADIENT.choose("auto", inputs, x, x, scales=scales, added=x, function=function) != "xla"
+    return NORM_GRADIENT.choose("auto", inputs, x, x, function=function) != "xla"
 
 
 def identity(x: Array) -> Array:
@@ -127,7 +124,7 @@ def kept(us: dict[int, Array]) -> dict[int, Array]:
 
 
 def _forward(
-    how: How, inputs: Inputs, hollow: Hollow | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
+    how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[Array, ...]:
     return all_products(how, inputs, weights, loras, keys, value)[0]
 
@@ -136,7 +133,7 @@ project_rows = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
 def _project_fwd(
-    how: How, inputs: Inputs, hollow: Hollow | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
+    how: How, inputs: Inputs, hollow: Array | None, weights: Weights, loras: Loras, keys: Any, value: Array | None
 ) -> tuple[tuple[Array, ...], Any]:
     ys, us, statistics = all_products(how, inputs, weights, loras, keys, value)
     return ys, (inputs, marked(hollow), weights, loras, keys, us, statistics)
@@ -147,9 +144,9 @@ def sum_over_rows(act: Activation, inputs: Inputs, statistics: Array | None, x: 
     return outer(du, x) if statistics is None or not isinstance(act, Function) else act.sum_over_rows(du, inputs, statistics)
 
 
-def marked(hollow: Hollow | None) -> Hollow | None:
-    """What there is of one, in the structure of what is saved: the zeros themselves are not to be kept."""
-    return jax.tree.map(lambda _: (), hollow)
+def marked(hollow: Array | None) -> tuple[()] | None:
+    """Whether there is one, in the structure of what is saved: the zeros themselves are not to be kept."""
+    return None if hollow is None else ()
 
 
 def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple[Array, ...]:
@@ -193,19 +190,18 @@ def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
 @functools.partial(jax.jit, static_argnums=0)
 def _project_bwd(how: How, residuals: Any, dys: tuple[Array, ...]) -> tuple[Any, ...]:
     act, rates, making = how
-    inputs, hollow, weights, loras, keys, us, statistics = residuals
+    inputs, pending, weights, loras, keys, us, statistics = residuals
     x, pull = jax.vjp(act, *inputs)
     pairs = {i: lora for i, lora in enumerate(loras) if lora is not None}
     plain = {i: lora for i, lora in pairs.items() if not rates[i]}
-    wide, du, dus, dbs = linear_gradients(weights, loras, plain, dys, us, hollow, making=making)
-    dx = wide.columns[:, : x.shape[1]]
+    dx, du, dus, dbs = linear_gradients(weights, loras, plain, dys, us, making=making)
     das = {} if du is None else dict(zip(plain, split(sum_over_rows(act, inputs, statistics, x, du), plain, axis=0), strict=True))
     for i in pairs.keys() - plain.keys():
         kept = _keep(keys[i], rates[i], x)
         dx = dx + (dus[i] @ pairs[i].a.astype(x.dtype)) * kept
         das[i] = outer(dus[i], x * kept)
     dloras = tuple(None if lora is None else pair_gradient(lora, das[i], dbs[i]) for i, lora in enumerate(loras))
-    dinputs, dhollow = (pull(dx), None) if hollow is None else (None, wide)
+    dinputs, dhollow = (pull(dx), None) if pending is None else (None, dx)
     return dinputs, dhollow, tuple(w.cotangent(x, dy) for w, dy in zip(weights, dys, strict=True)), dloras, None, None
 
 
@@ -213,20 +209,12 @@ project_rows.defvjp(_project_fwd, _project_bwd)
 
 
 def linear_gradients(
-    weights: Weights,
-    loras: Loras,
-    plain: Mapping[int, LoRA],
-    dys: Inputs,
-    us: Mapping[int, Array],
-    hollow: Hollow | None,
-    *,
-    making: bool,
-) -> tuple[Hollow, Array | None, dict[int, Array], dict[int, Array]]:
+    weights: Weights, loras: Loras, plain: Mapping[int, LoRA], dys: Inputs, us: Mapping[int, Array], *, making: bool
+) -> tuple[Array, Array | None, dict[int, Array], dict[int, Array]]:
     """(dx without the dropped adapters' parts, the du of the ``plain`` ones side by side, each adapter's du where it was made alone, each
     adapter's dyᵀ u).
 
-    dx has `spare_columns` behind its own. Where it goes to a ``hollow`` (`marked`), that says what it is yet to be scaled by, and what is
-    added then. ``making`` is what `jaxlora.nn.linear.making_inputs` says.
+    ``making`` is what `jaxlora.nn.linear.making_inputs` says.
     """
     dtype = dys[0].dtype
     bs = [b for b in _padded_b(loras, dtype) if b is not None]
@@ -235,24 +223,16 @@ def linear_gradients(
         dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
         sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))
         starts, firsts = _starts(w.shape[0] for w in weights), _starts(lora.rank for lora in plain.values())
-        return Hollow(dx, None, None), du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
+        return dx, du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
     dbs = {i: outer(dys[i], us[i]) for i, lora in enumerate(loras) if lora is not None}
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
-        (dx, du), a = gradients_beside(dys, weights, bs), _stacked_a(plain, dtype)
-        if hollow is not None:
-            return Hollow(dx, None, contract_first(du, a)), du, {}, dbs
-        # As wide as dx, for XLA to add the product to it in place.
-        wide = contract_first(du, jnp.pad(a, ((0, 0), (0, dx.shape[1] - a.shape[1])))) + dx
-        return Hollow(wide, None, None), du, {}, dbs
+        both, du = gradients_beside(dys, weights, bs)
+        return adapted_sum(both, None, du, _stacked_a(plain, dtype).T), du, {}, dbs
     dus = {i: _narrow_product(dys[i], scaled_b(lora, dtype)) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
     update = None if du is None else (du, _stacked_a(plain, dtype))
-    apart = input_gradient_apart(weights, dys) if hollow is not None and hollow.scales is not None else None
-    if apart is None or update is None:
-        return Hollow(input_gradient(weights, dys, update), None, None), du, dus, dbs
-    z, scales = apart
-    return Hollow(z, scales, contract_first(*update)), du, dus, dbs
+    return input_gradient(weights, dys, update), du, dus, dbs
 
 
 def _narrow_product(dy: Array, b: Array) -> Array:

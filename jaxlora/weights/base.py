@@ -147,7 +147,7 @@ def input_gradient(
 
     Where the outputs are not much wider than the input, they are one product: copying the dy costs less than adding up the dx.
     """
-    apart = input_gradient_apart(weights, dys)
+    apart = weights[0].matmul_t_apart(dys, weights[1:]) if weights[0].joins(weights[1:]) else None
     if apart is not None:
         return scale_rows(*apart) if update is None else adapted_sum(*apart, update[0], update[1].T)
     if goes_together(weights, 0 if update is None else update[0].shape[1]):
@@ -161,17 +161,9 @@ def input_gradient(
     return dx
 
 
-def input_gradient_apart(
-    weights: Sequence[AbstractWeight], dys: Sequence[Float[Array, "N _"]]
-) -> tuple[Float[Array, "N I"], Float[Array, " N"]] | None:
-    """(z, s) of Σ dy_i @ W_i = s ∘ z, s being fp32 scales of the rows; None where it is no one product with any."""
-    return weights[0].matmul_t_apart(dys, weights[1:]) if weights[0].joins(weights[1:]) else None
-
-
-def scale_rows(z: Float[Array, "N C"], scales: Float[Array, " N"] | None, added: Float[Array, "N C"] | None = None) -> Float[Array, "N C"]:
-    """scales_i · z_i (+ added_i) or, without scales, z_i (+ added_i); in fp32 and rounded once."""
-    y = z.astype(jnp.float32) if scales is None else z.astype(jnp.float32) * scales[:, None]
-    return (y if added is None else y + added).astype(z.dtype)
+def scale_rows(z: Float[Array, "N C"], scales: Float[Array, " N"]) -> Float[Array, "N C"]:
+    """scales_i · z_i, in fp32 and rounded once."""
+    return (z.astype(jnp.float32) * scales[:, None]).astype(z.dtype)
 
 
 def gradients_beside(

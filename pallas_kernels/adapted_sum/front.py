@@ -14,7 +14,7 @@ _BACKENDS = {"triton": triton, "xla": xla}
 
 
 def adapted_sum(
-    z: Float[Array, "N F"],
+    z: Float[Array, "N C"],
     scales: Float[Array, " N"] | None,
     u: Float[Array, "N R"],
     b: Float[Array, "F R"],
@@ -23,9 +23,9 @@ def adapted_sum(
 ) -> Float[Array, "N F"]:
     """scales ∘ z + u bᵀ, by rows: what an adapted Linear makes of a product z = x Wᵀ whose rows are scaled afterwards (e4m3).
 
-    ``u`` are the columns of its adapter, A x, and b is s·B; without ``scales`` they are ones. Summed up in fp32 and rounded once. On a GPU
-    a kernel reads z and writes the sum, and nothing else that is wide; XLA writes and reads u bᵀ, rounded. There is no gradient: whoever
-    uses it has one of its own.
+    ``u`` are the columns of its adapter, A x, and b is s·B; without ``scales`` they are ones. Of z the first F columns count, as many as b
+    has rows. Summed up in fp32 and rounded once. On a GPU a kernel reads z and writes the sum, and nothing else that is wide; XLA writes
+    and reads u bᵀ, rounded. There is no gradient: whoever uses it has one of its own.
 
     >>> import jax.numpy as jnp
     >>> adapted_sum(jnp.ones((1, 1)), jnp.full(1, 2.0), jnp.ones((1, 1)), jnp.full((1, 1), 3.0)).tolist()
@@ -41,14 +41,15 @@ def adapted_sum(
 
 def reference(z: Array, scales: Array | None, u: Array, b: Array) -> Array:
     """The arguments and result of `adapted_sum`, computed in fp32."""
-    z32, u32, b32 = (x.astype(jnp.float32) for x in (z, u, b))
+    z32, u32, b32 = (x.astype(jnp.float32) for x in (z[:, : len(b)], u, b))
     return ((z32 if scales is None else scales[:, None] * z32) + u32 @ b32.T).astype(z.dtype)
 
 
 def _check(z: Array, scales: Array | None, u: Array, b: Array) -> None:
     faults = []
-    if z.ndim != 2 or u.ndim != 2 or b.ndim != 2 or (len(u), *b.shape) != (*z.shape, u.shape[1]):
-        faults.append(f"expected z [N, F], u [N, R] and b [F, R], got {z.shape}, {u.shape} and {b.shape}")
+    matrices = z.ndim == u.ndim == b.ndim == 2
+    if not matrices or len(u) != len(z) or u.shape[1] != b.shape[1] or len(b) > z.shape[1]:
+        faults.append(f"expected z [N, F or more], u [N, R] and b [F, R], got {z.shape}, {u.shape} and {b.shape}")
     if scales is not None and (scales.shape != z.shape[:1] or scales.dtype != jnp.float32):
         faults.append(f"expected scales {z.shape[:1]} in float32, got {scales.shape} {scales.dtype}")
     dtypes = {str(x.dtype) for x in (z, u, b)}
@@ -63,9 +64,9 @@ def _refuses(backend: str, z: Any, scales: Any, u: Any, b: Any) -> str | None:
     return _BACKENDS[backend].refuses(z, u.shape[1])
 
 
-def _case(dtype: Any, *, rows: int, columns: int, rank: int, scaled: bool = True) -> Case:
+def _case(dtype: Any, *, rows: int, columns: int, rank: int, more: int = 0, scaled: bool = True) -> Case:
     draw = np.random.default_rng(0)
-    z, u, b = (jnp.asarray(draw.standard_normal(shape), dtype) for shape in ((rows, columns), (rows, rank), (columns, rank)))
+    z, u, b = (jnp.asarray(draw.standard_normal(shape), dtype) for shape in ((rows, columns + more), (rows, rank), (columns, rank)))
     scales = jnp.exp2(jnp.asarray(draw.uniform(-2, 2, rows), jnp.float32)) if scaled else None
     return Case(arrays={"z": z, "scales": scales, "u": u, "b": b}, static={}, wrt=())
 
@@ -75,6 +76,7 @@ CASES = {
     "three_adapters": functools.partial(_case, rows=64, columns=192, rank=48),
     "ragged": functools.partial(_case, rows=37, columns=75, rank=5),
     "without_scales": functools.partial(_case, rows=64, columns=128, rank=16, scaled=False),
+    "of_a_wide_product": functools.partial(_case, rows=37, columns=128, rank=32, more=64, scaled=False),
     "fewer_columns_than_parts": functools.partial(_case, rows=3, columns=80, rank=8),
 }
 

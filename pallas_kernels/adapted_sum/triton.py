@@ -30,19 +30,19 @@ def refuses(z: Any, rank: int) -> str | None:
     return _triton.refuses()
 
 
-def total(z: Float[Array, "N F"], scales: Float[Array, " N"] | None, u: Float[Array, "N R"], b: Float[Array, "F R"]) -> Float[Array, "N F"]:
+def total(z: Float[Array, "N C"], scales: Float[Array, " N"] | None, u: Float[Array, "N R"], b: Float[Array, "F R"]) -> Float[Array, "N F"]:
     """As `adapted_sum` returns it."""
-    (rows, columns), rank = z.shape, u.shape[1]
+    rows, (columns, rank) = len(z), b.shape
     config = dataclasses.asdict(_tuned.config("adapted_sum", "triton", Config, (rows, columns, rank)))
     splits = config.pop("SPLITS")
     return _triton.call(
         _triton.float8_code().adapted_sum,
         # What is not SCALED reads no scales.
         *(z, u if scales is None else scales, u, b),
-        out=jax.ShapeDtypeStruct(z.shape, z.dtype),
+        out=jax.ShapeDtypeStruct((rows, columns), z.dtype),
         grid=(-(-rows // config["BLOCK_M"]) * splits,),
         config=config,
-        **{"M": rows, "N": columns, "R": rank, "BLOCK_R": _triton.block_r(rank), "SCALED": scales is not None},
+        **{"M": rows, "N": columns, "WIDTH": z.shape[1], "R": rank, "BLOCK_R": _triton.block_r(rank), "SCALED": scales is not None},
         COLUMNS=-(-columns // (splits * config["BLOCK_N"])) * config["BLOCK_N"],
         STAGES=config["num_stages"],
     )

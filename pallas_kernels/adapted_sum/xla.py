@@ -12,7 +12,7 @@ def refuses(z: Any, rank: int) -> str | None:
     return None
 
 
-def total(z: Float[Array, "N F"], scales: Float[Array, " N"] | None, u: Float[Array, "N R"], b: Float[Array, "F R"]) -> Float[Array, "N F"]:
+def total(z: Float[Array, "N C"], scales: Float[Array, " N"] | None, u: Float[Array, "N R"], b: Float[Array, "F R"]) -> Float[Array, "N F"]:
     """As `adapted_sum` returns it."""
-    y = z.astype(jnp.float32) if scales is None else z.astype(jnp.float32) * scales[:, None]
+    y = z[:, : len(b)].astype(jnp.float32) * (1.0 if scales is None else scales[:, None])
     return (y + jax.lax.dot_general(u, b, (((1,), (1,)), ((), ())))).astype(z.dtype)

@@ -26,19 +26,16 @@ def refuses(x: Any) -> str | None:
     return f"needs bfloat16, got {x.dtype}" if x.dtype != jnp.bfloat16 else _triton.refuses()
 
 
-def gradient(
-    function: Function, inputs: Sequence[Array], dy: Float[Array, "N C"], past: Float[Array, "N D"], scales: Any, added: Any
-) -> Float[Array, "N D"]:
+def gradient(function: Function, inputs: Sequence[Array], dy: Float[Array, "N D"], past: Float[Array, "N D"]) -> Float[Array, "N D"]:
     """As `norm_gradient` returns it."""
     x, weight = inputs[:2]
     config = dataclasses.asdict(_tuned.config("norm_gradient", "triton", Config, x.shape))
     return _triton.call(
         _triton.row_code().norm_gradient,
-        # What there is not, it does not read.
-        *(x, weight, dy, weight if scales is None else scales, past if added is None else added, past, dy.shape[1]),
+        *(x, weight, dy, past),
         out=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(-(-x.shape[0] // config["BLOCK_M"]),),
         config={**config, "BLOCK_N": 1 << (x.shape[1] - 1).bit_length()},
-        **{"M": x.shape[0], "N": x.shape[1], "ALIGNED": dy.shape[1] % 16 == 0},
-        **{"SCALED": scales is not None, "ADDED": added is not None, "CENTRED": function.form == "layer_norm", "EPS": function.eps},
+        **{"M": x.shape[0], "N": x.shape[1]},
+        **{"CENTRED": function.form == "layer_norm", "EPS": function.eps},
     )

@@ -25,13 +25,7 @@ LAYER_MUTANTS = [
         "the layer norm's backward forgets the mean",
         NORM,
     ),
-    Mutant(
-        "jaxlora/nn/pending.py",
-        "past = past.reshape(x.shape)",
-        "past = 0 * past.reshape(x.shape)",
-        "what comes past a norm is lost",
-        PENDING,
-    ),
+    Mutant("jaxlora/nn/pending.py", "dy, past, function", "dy, 0 * past, function", "what comes past a norm is lost", PENDING),
     Mutant(
         "jaxlora/nn/products.py",
         "us = kept(down(rates, x, loras, keys))",
@@ -41,15 +35,15 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "jaxlora/nn/products.py",
-        "else (None, wide)",
-        "else (None, jax.tree.map(jnp.zeros_like, wide))",
+        "else (None, dx)",
+        "else (None, 0 * dx)",
         "what comes through a pending norm is lost",
         PENDING,
     ),
     Mutant(
         "jaxlora/nn/mlp_products.py",
         "else (None, dx)",
-        "else (None, jax.tree.map(jnp.zeros_like, dx))",
+        "else (None, 0 * dx)",
         "what comes through an MLP's norm is lost",
         PENDING,
     ),
@@ -60,8 +54,10 @@ LAYER_MUTANTS = [
         "a pending norm's adapters do not drop",
         PENDING,
     ),
-    Mutant("jaxlora/nn/products.py", "Hollow(z, scales, ", "Hollow(z, scales, 0 * ", "a pending norm gets no update", PENDING),
-    Mutant("jaxlora/nn/pending.py", "else jnp.ones(len(dy)", "else jnp.zeros(len(dy)", "a pending norm's value is scaled", PENDING),
+    Mutant(
+        "jaxlora/nn/products.py", "adapted_sum(both, None, du,", "adapted_sum(both, None, 0 * du,", "a wide product gets no update", PENDING
+    ),
+    Mutant("jaxlora/nn/pending.py", "return None, dy", "return None, 0 * dy", "a pending norm's value has no gradient", PENDING),
     Mutant("jaxlora/nn/offload.py", "first_of(layer - 1)", "first_of(layer)", "a block's backward begins with its successor's", STACK),
     Mutant("jaxlora/nn/offload.py", "put(dxs, layer, down)", "put(dxs, done, down)", "gradients in the order of the backward", STACK),
     Mutant("jaxlora/nn/vjp.py", "take(xs, i + zero)", "take(xs, zero)", "every block has the first one's weights", STACK),

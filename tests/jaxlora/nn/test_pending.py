@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxlora.adapt import LoRAConfig, attach, fill_adapters, partition
 from jaxlora.nn.decoder import Execution
-from jaxlora.nn.linear import Linear, making_inputs, project, project_mlp, spare_columns
+from jaxlora.nn.linear import Linear, making_inputs, project, project_mlp
 from jaxlora.nn.norm import RMSNorm, branch
 from jaxlora.nn.pending import Pending, fork
 from jaxlora.nn.stack import flatten, flatten_leaves, linear_paths, nest
@@ -86,11 +86,11 @@ def linear(seed, out, width=64, rank=4, weight=Dense, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    ("outs", "weight", "spare"),
-    [((64,), Dense, 0), ((96, 96), Int4, 64), ((32, 16), Int4, 0), ((160,), Dense, 64)],
+    ("outs", "weight"),
+    [((64,), Dense), ((96, 96), Int4), ((32, 16), Int4), ((160,), Dense)],
     ids=["one", "wide", "joined", "one wide"],
 )
-def test_groups_of_linears_take_a_pending_norm(outs, weight, spare, in_one_pass, made):
+def test_groups_of_linears_take_a_pending_norm(outs, weight, in_one_pass, made):
     linears = [linear(10 * i, out, weight=weight) for i, out in enumerate(outs)]
     norm = RMSNorm(64, eps=1e-5, dtype=jnp.float32)
     norm.weight.set_value(1 + normal(90, 64) / 8)
@@ -103,7 +103,6 @@ def test_groups_of_linears_take_a_pending_norm(outs, weight, spare, in_one_pass,
     x = normal(70, 2, 5, 64)
     expected = jax.grad(lambda x: loss(x)[0])(x)
     in_one_pass("lora_input", "norm_gradient")
-    assert spare_columns(linears) == spare
     assert isinstance(loss(x)[1], Pending)
     assert_close(jax.grad(lambda x: loss(x)[0])(x), expected)
 
@@ -150,12 +149,11 @@ def test_a_pending_norm_puts_the_gradient_of_products_in_e4m3_together(block, ma
     assert ran["norm_gradient"] == 1 and ran["lora_input"] == making
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_the_value_of_a_pending_norm_has_the_norms_gradient(scaled):
+def test_the_value_of_a_pending_norm_has_the_norms_gradient():
     x, weight, function = normal(0, 3, 8), normal(1, 1, 8), Function("rms_norm", eps=1e-5)
 
     def loss(x, weight):
-        past, normed = fork(function, (x, weight), 5, scaled=scaled)
+        past, normed = fork(function, (x, weight))
         return jnp.vdot(normed.value(), normal(2, 3, 8)) + jnp.vdot(past, normal(3, 3, 8))
 
     def plain(x, weight):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora.weights.base import input_gradient, input_gradient_apart
+from jaxlora.weights.base import input_gradient
 from jaxlora.weights.dense import Dense
 from jaxlora.weights.float8 import Float8
 from jaxlora.weights.int4 import Int4
@@ -84,7 +84,7 @@ def test_a_group_has_one_input_gradient_unless_its_rows_are_too_wide(widest, mon
     dys, u, a = [draw(10 + i, 32, leaf.shape[0]) for i, leaf in enumerate(leaves)], draw(2, 32, 8), draw(3, 8, 128)
     expected = sum(dy @ leaf.dequantise() for dy, leaf in zip(dys, leaves, strict=True)) + u @ a
     assert distance(input_gradient(leaves, dys, (u, a)), expected) <= E4M3_PRODUCT
-    assert (input_gradient_apart(leaves, dys) is None) == (widest < 80)
+    assert leaves[0].joins(leaves[1:]) == (widest >= 80)
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["product", "input gradient"])
