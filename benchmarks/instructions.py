@@ -74,7 +74,7 @@ def launches(name: str, size: Size) -> list[Launch]:
 def elements(constants: Mapping[str, Any]) -> float:
     """Of a block, for each thread: rows times columns, or the columns of all arrays where a row is one block of each."""
     blocks = [value for name, value in constants.items() if name in ("BLOCK_N", "BLOCK_X", "BLOCK_Y", "BLOCK_Z") and value > 1]
-    return constants["BLOCK_M"] * sum(blocks) / (32 * constants["num_warps"])
+    return constants.get("BLOCK_M", 1) * sum(blocks) / (32 * constants["num_warps"])
 
 
 def compiled(launch: Launch) -> tuple[str, int]:

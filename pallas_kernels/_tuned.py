@@ -6,6 +6,7 @@
 import functools
 import importlib.resources
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def fastest(kernel: str) -> str | None:
     return _here().get(kernel, {}).get("fastest")
 
 
-def config[T](kernel: str, backend: str, kind: type[T], sizes: tuple[int, ...]) -> T:
+def config[T](kernel: str, backend: str, kind: Callable[..., T], sizes: tuple[int, ...]) -> T:
     """The measured configuration for those sizes, or for the nearest ones that were measured; else the default."""
     measured = _here().get(kernel, {}).get(backend, {})
     if not measured:

@@ -16,9 +16,9 @@ class Config:
 
     BLOCK_M: int = 64
     BLOCK_N: int = 128
-    SPLITS: int = 4
+    SPLITS: int = 16
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 2
 
 
 def refuses(z: Any, rank: int) -> str | None:

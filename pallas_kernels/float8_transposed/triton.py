@@ -19,8 +19,8 @@ class Config:
     """A program turns a tile of ``BLOCK_M`` rows and ``BLOCK_N`` columns of a weight, whole groups."""
 
     BLOCK_M: int = 64
-    BLOCK_N: int = 128
-    num_warps: int = 2
+    BLOCK_N: int = 256
+    num_warps: int = 4
     num_stages: int = 1
 
 
