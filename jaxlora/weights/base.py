@@ -176,7 +176,7 @@ def gradients_beside(
     width, rank = weights[0].shape[1], columns[0].shape[1]
     columns = [jnp.pad(b, ((0, 0), (0, padding(width, rank)))) for b in columns]
     parts = [contract_first(dy, stacked((w,), dy.dtype, right=b)) for dy, w, b in zip(dys, weights, columns, strict=True)]
-    # In this order XLA has each product add to those before it in place; the last one as wide as they are, for the same reason.
+    # In this order XLA has each product add to those before it in place.
     both = functools.reduce(lambda total, part: part + total, parts)
     return both, both[:, width : width + rank]
 

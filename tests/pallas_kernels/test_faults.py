@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.adapted_activation import front as adapted_activation
+from pallas_kernels.adapted_sum import front as adapted_sum
 from pallas_kernels.functions import Function
 from pallas_kernels.gated_gradients import front as gated_gradients
+from pallas_kernels.logsumexp import logsumexp
 from pallas_kernels.plain_gradients import front as plain_gradients
 
 WIDE, NARROW, COLUMNS, ROW = jnp.ones((4, 8)), jnp.ones((4, 2)), jnp.ones((8, 2)), jnp.ones((1, 8))
@@ -51,3 +53,22 @@ def test_what_a_gradient_is_to_scale_and_add_is_checked_too():
     faults = r"scales \[4\] in float32, got .*a \[2, 8\] with the scales of dh, got \(8, 2\).*b \[8, 2\] .*got \(2, 8\)"
     with pytest.raises(ValueError, match=faults):
         plain_gradients._check(WIDE, ROW, WIDE, (NARROW, NARROW), (SHORT, COLUMNS), (SHORT, COLUMNS.T), "gelu")
+
+
+def test_scales_of_one_product_beside_another_without_any_are_refused():
+    with pytest.raises(ValueError, match="expected scales of both e and g or of neither, got those of one"):
+        gated_gradients._check(WIDE, WIDE, WIDE, (NARROW,) * 3, COLUMNS.T, None, ((None, COLUMNS), (jnp.ones(4), COLUMNS)), "silu")
+
+
+@pytest.mark.parametrize("b", [COLUMNS.T, jnp.ones((9, 2))], ids=["turned", "more columns than the product"])
+def test_every_fault_of_a_sum_is_told_at_once(b):
+    faults = (
+        r"z \[N, F or more\], u \[N, R\] and b \[F, R\], got \(4, 8\), \(4, 2\).*scales \(4,\) in float32, got \(3,\) float32.*one dtype"
+    )
+    with pytest.raises(ValueError, match=faults):
+        adapted_sum._check(WIDE, SHORT, NARROW, b.astype(jnp.bfloat16))
+
+
+def test_logits_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match=r"expected \[N, V\] in float32, got \(4, 8\) in bfloat16"):
+        logsumexp(WIDE.astype(jnp.bfloat16))

@@ -104,3 +104,19 @@ def test_all_faults_of_a_call_are_named_together():
     hidden, weight, labels = arguments()
     with pytest.raises(ValueError, match=r"chunk must be at least 1.*softcap must be positive"):
         linear_cross_entropy(hidden, weight, labels, weight_grad=False, chunk=0, softcap=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "bare"),
+    [({}, 0, True), ({"softcap": 5.0}, 0, False), ({"logit_scale": 0.5}, 0, False), ({}, 2, False)],
+    ids=["bare", "capped", "scaled", "adapted"],
+)
+def test_a_kernel_sums_up_logits_that_are_there_and_no_others(monkeypatch, how, rank, bare):
+    """Others XLA makes anew as it reads them; for a kernel they would be written first."""
+    asked = []
+    original = module.logsumexp
+    monkeypatch.setattr(module, "logsumexp", lambda t, *, backend: asked.append(backend) or original(t, backend=backend))
+    lora = (jnp.ones((rank, 8)), jnp.ones((32, rank)), jnp.float32(0.5)) if rank else None
+    with jax.disable_jit():
+        linear_cross_entropy(*arguments(), weight_grad=False, lora=lora, **how)
+    assert asked and set(asked) == {"auto" if bare else "xla"}
