@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.typing import Array, Float
-from jaxlora.weights.base import AbstractWeight, LowRank, scale_rows
+from jaxlora.weights.base import AbstractWeight, LowRank, input_gradient, scale_rows
 from pallas_kernels.adapted_sum import adapted_sum
 from pallas_kernels.float8_rows import E4M3, LARGEST, float8_rows
 from pallas_kernels.float8_transposed import float8_transposed
@@ -102,8 +102,7 @@ class Float8(AbstractWeight):
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W (+ u @ a)."""
-        apart = self.matmul_t_apart([dy])
-        return scale_rows(*apart) if update is None else adapted_sum(*apart, update[0], update[1].T)
+        return input_gradient((self,), (dy,), update)
 
     def rounded(self) -> Float[Array, "O columns"]:
         """W₈ [O, I'], with zeros where storage pads I to I'."""

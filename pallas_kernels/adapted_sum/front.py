@@ -23,9 +23,9 @@ def adapted_sum(
 ) -> Float[Array, "N F"]:
     """scales ∘ z + u bᵀ, by rows: what an adapted Linear makes of a product z = x Wᵀ whose rows are scaled afterwards (e4m3).
 
-    ``u`` are the columns of its adapter, A x, and b is s·B; without ``scales`` they are ones. Of z the first F columns count, as many as b
-    has rows. Summed up in fp32 and rounded once. On a GPU a kernel reads z and writes the sum, and nothing else that is wide; XLA writes
-    and reads u bᵀ, rounded. There is no gradient: whoever uses it has one of its own.
+    ``u`` are the columns of its adapter, A x, and b is s·B; of an input gradient: dy (s·B) and Aᵀ. Without ``scales`` these are ones.
+    Of z the first F columns count, as many as b has rows. Summed up in fp32 and rounded once. On a GPU a kernel reads z and writes the sum,
+    and nothing else that is wide; XLA writes and reads u bᵀ, rounded. There is no gradient: whoever uses it has one of its own.
 
     >>> import jax.numpy as jnp
     >>> adapted_sum(jnp.ones((1, 1)), jnp.full(1, 2.0), jnp.ones((1, 1)), jnp.full((1, 1), 3.0)).tolist()
