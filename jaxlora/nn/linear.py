@@ -138,7 +138,6 @@ def project_mlp(
     if drops or len(loras) < len(linears) or any((linear.bias is None) != gated for linear in first) or not (gated or making):
         return None
     act, inputs, hollow = (x.function, x.inputs, x.hollow) if isinstance(x, Pending) else (identity, (x,), None)
-    hollow = None if hollow is None else hollow.reshape(-1, hollow.shape[-1])
     rows, weights = tuple(v.reshape(-1, v.shape[-1]) for v in inputs), tuple(_weight(linear) for linear in linears)
     dtype = rows[0].dtype
     bias = None if gated else _bias(first[0], dtype)
@@ -182,7 +181,6 @@ def _project_from(
         0.0 if key is None or lora is None else linear.lora_dropout for linear, lora, key in zip(linears, loras, keys, strict=True)
     )
     used = tuple(key if rate else None for rate, key in zip(rates, keys, strict=True))
-    hollow = None if hollow is None else hollow.reshape(rows[0].shape)
     ys = project_rows((act, rates, _MAKING.get()), rows, hollow, weights, loras, used, value)
     biased = (y if linear.bias is None else y + _bias(linear, y.dtype) for y, linear in zip(ys, linears, strict=True))
     return tuple(y.reshape(*leading, y.shape[-1]) for y in biased)

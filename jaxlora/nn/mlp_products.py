@@ -95,18 +95,20 @@ def _mlp_apart(
         x, statistics = into(*inputs), norm_statistics(into, inputs, weights)
         us = kept(down((0.0,) * len(first), x, loras[:-1], None))
     products, scales = zip(*(w.matmul_apart(x) or (w.matmul(x), None) for w in weights[:-1]), strict=True)
-    # Of one format none has scales; beside one that has, others have ones.
-    given = [jnp.ones(len(x), jnp.float32) if s is None else s for s in scales] if any(s is not None for s in scales) else None
+    if any(s is not None for s in scales):
+        scales = tuple(jnp.ones(len(x), jnp.float32) if s is None else s for s in scales)
     updates = [(u, scaled_b(lora, x.dtype)) for u, lora in zip(us.values(), first, strict=True)]
     function, _ = _activation(activation, products, bias)
     wide = weights[-1].decoded and one_product(weights[-1].shape[1], last.rank)
     spare = padding(weights[-1].shape[1], last.rank) if wide else None
-    h, u = adapted_activation(products, given, updates, last.a.astype(x.dtype), function=function, bias=bias, padding=spare)
+    h, u = adapted_activation(
+        products, None if scales[0] is None else scales, updates, last.a.astype(x.dtype), function=function, bias=bias, padding=spare
+    )
     # Kept as they are: their updates and scales are few columns, and the backward's pass adds them again.
-    u, *few = (checkpoint_name(each, "lora_u") for each in (u, *(given or ())))
+    u, scales = jax.tree.map(lambda few: checkpoint_name(few, "lora_u"), (u, scales))
     b = scaled_b(last, x.dtype)
     y = product_beside(weights[-1:], h, b) if wide else weights[-1].matmul(h, (u, b))
-    return named(y), tuple(map(named, products)), tuple(few) or (None,) * len(first), us, u, statistics
+    return named(y), tuple(map(named, products)), scales, us, u, statistics
 
 
 def _activation(activation: str, ys: Inputs, bias: Array | None) -> tuple[Function, Inputs]:

@@ -17,7 +17,7 @@ from pallas_kernels.norm_gradient import norm_gradient
 class Pending:
     """norm(x) = function(*inputs), not computed yet.
 
-    The value's gradient goes to ``hollow``, zeros as large as x that nobody reads, and ``fork`` turns it into the gradient of x.
+    The value's gradient goes to ``hollow``, zeros [N, D] that nobody reads, and ``fork`` turns it into the gradient of x.
     """
 
     function: Function
@@ -49,7 +49,8 @@ def fork(function: Function, inputs: Sequence[Array]) -> tuple[Float[Array, "*N 
 
 
 def _fork_forward(function: Function, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-    return inputs[0], jnp.zeros_like(inputs[0])
+    x = inputs[0]
+    return x, jnp.zeros((x.size // x.shape[-1], x.shape[-1]), x.dtype)
 
 
 _fork = jax.custom_vjp(_fork_forward, nondiff_argnums=(0,))
@@ -82,7 +83,7 @@ def _value_fwd(function: Function, inputs: tuple[Array, ...], hollow: Array) -> 
 
 
 def _value_bwd(function: Function, _: None, dy: Array) -> tuple[None, Array]:
-    return None, dy
+    return None, dy.reshape(-1, dy.shape[-1])
 
 
 _value.defvjp(_value_fwd, _value_bwd)

@@ -70,7 +70,7 @@ def _decoded(weights: Weights) -> bool:
 
 
 def makes_gradient(function: Function, inputs: Sequence[Any], weights: Weights, loras: Loras) -> bool:
-    """Whether a kernel makes the gradient of a norm function(*inputs), though none makes the norm: of products that are not decoded.
+    """Whether a kernel makes the gradient of a norm function(*inputs), even if none makes the norm: of weights that are not decoded.
 
     Of inputs, or of their shapes and dtypes.
     """

@@ -57,7 +57,9 @@ LAYER_MUTANTS = [
     Mutant(
         "jaxlora/nn/products.py", "adapted_sum(both, None, du,", "adapted_sum(both, None, 0 * du,", "a wide product gets no update", PENDING
     ),
-    Mutant("jaxlora/nn/pending.py", "return None, dy", "return None, 0 * dy", "a pending norm's value has no gradient", PENDING),
+    Mutant(
+        "jaxlora/nn/pending.py", "return None, dy.reshape", "return None, 0 * dy.reshape", "a pending norm's value has no gradient", PENDING
+    ),
     Mutant("jaxlora/nn/offload.py", "first_of(layer - 1)", "first_of(layer)", "a block's backward begins with its successor's", STACK),
     Mutant("jaxlora/nn/offload.py", "put(dxs, layer, down)", "put(dxs, done, down)", "gradients in the order of the backward", STACK),
     Mutant("jaxlora/nn/vjp.py", "take(xs, i + zero)", "take(xs, zero)", "every block has the first one's weights", STACK),
