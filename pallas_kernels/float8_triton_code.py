@@ -3,7 +3,7 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from pallas_kernels.triton_code import GROUP, activate, adapted_tile, rank_columns, row_scales, transposed_columns
+from pallas_kernels.triton_code import GROUP
 
 
 @triton.jit
@@ -50,66 +50,6 @@ def float8_rows(
     put_rows(codes, first * inverse, rows, row_kept, 0, WIDTH, NX, BLOCK_X)
     put_rows(codes, second * inverse, rows, row_kept, NX, WIDTH, NY, BLOCK_Y)
     put_rows(codes, third * inverse, rows, row_kept, NX + NY, WIDTH, NZ, BLOCK_Z)
-
-
-@triton.jit
-def adapted_activation(
-    raw_e, raw_g, e_scales, g_scales, u_e, u_g, b_e, b_g, a, h, u,
-    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, R_E: tl.constexpr, R_G: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    SCALED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The first N columns of h [M, WIDTH]: act(e) ∘ g of `adapted_tile`s e and g, or act(e + raw_g) of a row raw_g [1, N] if not ``GATED``.
-
-    And u [p, M, R]: the part of h @ aᵀ, a [R, N], over the p-th ``COLUMNS`` columns.
-    """
-    tiles = tl.cdiv(M, BLOCK_M)
-    part, rows = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_kept, ranks = rows < M, tl.arange(0, BLOCK_R)
-    dtype: tl.constexpr = h.dtype.element_ty
-    e_scale, e_columns = row_scales(e_scales, rows, row_kept, SCALED), rank_columns(u_e, rows, row_kept, R_E, BLOCK_E)
-    g_scale, g_columns = row_scales(g_scales, rows, row_kept, SCALED), rank_columns(u_g, rows, row_kept, R_G, BLOCK_G)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for first in tl.range(0, COLUMNS, BLOCK_N, num_stages=STAGES):
-        columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
-        column_kept = columns < N
-        place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
-        b_tile = transposed_columns(b_e, columns, column_kept, R_E, BLOCK_E)
-        value = adapted_tile(raw_e, place, kept, e_scale, e_columns, b_tile, SCALED)
-        if GATED:
-            b_tile = transposed_columns(b_g, columns, column_kept, R_G, BLOCK_G)
-            times = adapted_tile(raw_g, place, kept, g_scale, g_columns, b_tile, SCALED)
-            made = (activate(value, ACTIVATION) * times).to(dtype)
-        else:
-            shifted = value + tl.load(raw_g + columns, mask=column_kept, other=0.0).to(tl.float32)[None]
-            made = activate(shifted, ACTIVATION).to(dtype)
-        tl.store(h + rows[:, None].to(tl.int64) * WIDTH + columns[None], made, mask=kept)
-        inside = column_kept[:, None] & (ranks < R)[None]
-        acc = tl.dot(made, tl.load(a + ranks[None] * N + columns[:, None], mask=inside, other=0.0), acc)
-    place = (part * M + rows)[:, None].to(tl.int64) * R + ranks[None]
-    tl.store(u + place, acc, mask=row_kept[:, None] & (ranks < R)[None])
-
-
-@triton.jit
-def adapted_sum(
-    z, scales, u, b, y,
-    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """y [M, N], an `adapted_tile` of z [M, WIDTH], scales [M] where ``SCALED``, u [M, R] and b [N, R].
-
-    A program walks ``COLUMNS`` columns.
-    """
-    tiles = tl.cdiv(M, BLOCK_M)
-    part, rows = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_kept = rows < M
-    scale, u_tile = row_scales(scales, rows, row_kept, SCALED), rank_columns(u, rows, row_kept, R, BLOCK_R)
-    for first in tl.range(0, COLUMNS, BLOCK_N, num_stages=STAGES):
-        columns = part * COLUMNS + first + tl.arange(0, BLOCK_N)
-        column_kept = columns < N
-        place, kept = rows[:, None].to(tl.int64) * WIDTH + columns[None], row_kept[:, None] & column_kept[None]
-        total = adapted_tile(z, place, kept, scale, u_tile, transposed_columns(b, columns, column_kept, R, BLOCK_R), SCALED)
-        tl.store(y + rows[:, None].to(tl.int64) * N + columns[None], total.to(y.dtype.element_ty), mask=kept)
 
 
 @triton.jit

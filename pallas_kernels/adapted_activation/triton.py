@@ -1,4 +1,4 @@
-"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.float8_triton_code`."""
+"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_code`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def made(
         "BLOCK_R": _triton.block_r(ranks["R"]),
     }
     h, parts = _triton.call(
-        _triton.float8_code().adapted_activation,
+        _triton.device_code().adapted_activation,
         # Without a gate the bias is in its product's place, and nothing else of it is read.
         *(products[0], products[-1] if bias is None else bias),
         # What is not SCALED reads no scales.

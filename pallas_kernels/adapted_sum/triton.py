@@ -1,4 +1,4 @@
-"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.float8_triton_code`."""
+"""One Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_code`."""
 
 import dataclasses
 from typing import Any
@@ -36,7 +36,7 @@ def total(z: Float[Array, "N C"], scales: Float[Array, " N"] | None, u: Float[Ar
     config = dataclasses.asdict(_tuned.config("adapted_sum", "triton", Config, (rows, columns, rank)))
     splits = config.pop("SPLITS")
     return _triton.call(
-        _triton.float8_code().adapted_sum,
+        _triton.device_code().adapted_sum,
         # What is not SCALED reads no scales.
         *(z, u if scales is None else scales, u, b),
         out=jax.ShapeDtypeStruct((rows, columns), z.dtype),
