@@ -11,6 +11,8 @@ from jaxlora.nn.scan import Scan
 
 # Tokens: products of this many rows are as fast as any, and weights are decoded anew for each tile.
 MLP_TILE = 8192
+# Where memory is no concern: on an H200 the two products of 512 tokens with a head of 152,064 x 3,584 take 2,110 us in a step.
+LOSS_CHUNK = 1024
 CHOICES = (False, True, "unsloth", "attention", "dots", "auto")
 
 
@@ -46,7 +48,7 @@ def execution(use_gradient_checkpointing: bool | str, *, unroll: int | None = No
             return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=periods), **{"mlp_tile": MLP_TILE, **other})
         case "dots":
             kept = saved("dot", "attn_out", "attn_lse", "lora_u", "qkv", "residual")
-            return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=unroll), **other)
+            return Execution(scan=Scan(checkpoint=True, remat=kept, unroll=unroll), **{"loss_chunk": LOSS_CHUNK, **other})
         case "auto":
             raise ValueError('"auto" is no policy: train.auto.choose compiles the policies and takes one; SFTTrainer does so itself')
     hint = nearest(str(use_gradient_checkpointing), ["unsloth", "attention", "dots", "auto"])
