@@ -44,7 +44,8 @@ def batch_of(config: Mapping[str, Any], values: ModelValues, rows: int, sequence
     """The workload of every benchmark, laid out for a step."""
     image = workload.make_image(config, rows)
     shape = Shape(sequence, 0 if image is None else rows * image.patches)
-    return make_batch([workload.make_inputs(config, rows, sequence)], values, shape, rows=rows, images=rows)
+    frame = None if image is None else image.patches
+    return make_batch([workload.make_inputs(config, rows, sequence)], values, shape, rows=rows, images=rows, frame=frame)
 
 
 def make_trees(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[Any, Any, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlora.data.batches import Batch, ModelValues, make_batch
 from jaxlora.data.chat import IGNORE, ChatOptions, Encoded, encode
-from jaxlora.data.ladder import ladder, padding_waste, smallest_that_holds
+from jaxlora.data.ladder import frame_size, ladder, padding_waste, smallest_that_holds
 from jaxlora.data.order import DataState, next_rows
 from jaxlora.data.packing import pack
 from jaxlora.data.padding import pad_rows
@@ -106,7 +106,8 @@ class Batches:
     ):
         self.source, self.values, self.rows, self.accumulate = source, values, rows, accumulate
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.shapes = ladder(source.lengths, rows=rows, shards_per_step=accumulate)
+        self.frame = frame_size(source.lengths, source.frames)
+        self.shapes = ladder(source.lengths, rows=rows, shards_per_step=accumulate, frame=self.frame)
         self.waste = padding_waste(self.shapes, source.lengths, rows=rows, shards_per_step=accumulate)
         # A static size too, so it is the most that any micro-batch of any order can have.
         self.frames = sum(sorted(source.frames)[-rows:])
@@ -131,15 +132,14 @@ class Batches:
         tokens = max(lengths[i][0] for i in rows)
         patches = max(sum(lengths[i][1] for i in group) for group in groups)
         shape = smallest_that_holds(self.shapes, tokens, patches, rows=self.rows)
-        inputs = [self.source.inputs(group) for group in groups]
-        return make_batch(
-            inputs, self.values, shape, rows=self.rows, segments=self.source.segments, images=self.frames, accumulate=self.accumulate
-        )
+        return make_batch([self.source.inputs(group) for group in groups], self.values, shape, rows=self.rows, **self._sizes())
 
     def largest(self) -> Batch:
         """An empty step of the largest shape."""
-        sizes = {"segments": self.source.segments, "images": self.frames, "accumulate": self.accumulate}
-        return make_batch([], self.values, self.shapes[-1], rows=self.rows, **sizes)
+        return make_batch([], self.values, self.shapes[-1], rows=self.rows, **self._sizes())
+
+    def _sizes(self) -> dict[str, Any]:
+        return {"segments": self.source.segments, "images": self.frames, "accumulate": self.accumulate, "frame": self.frame}
 
     def epoch(self, step: int) -> float:
         """How many epochs ``step`` steps are."""

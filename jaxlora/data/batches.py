@@ -65,7 +65,7 @@ class Batch:
     vision_index: Leaf = None  # i32 [G, B, S]: row of the shard's merged features that replaces this token, or -1
     patches: Leaf = None  # f32 [G, P, W, E]
     patch_positions: Leaf = None  # i32 [G, P, W, 2]: (row, column)
-    patch_segment_starts: Leaf = None  # i32 [G, P, N], in patches: one segment a frame
+    patch_segment_starts: Leaf = None  # i32 [G, P, N], in patches: one segment a frame; None where each has room for W / N and fills it
     patch_segment_lengths: Leaf = None  # i32 [G, P, N]
     patch_window_starts: Leaf = None  # i32 [G, P, K], in patches: one segment a window, where the tower attends in windows
     patch_window_lengths: Leaf = None  # i32 [G, P, K]
@@ -99,13 +99,15 @@ def make_batch(
     images: int = 0,
     shards: int = 1,
     accumulate: int | None = None,
+    frame: int | None = None,
 ) -> Batch:
     """Lays micro-batches of ``rows`` rows or fewer out in the static sizes of ``shape``.
 
     Each is a mapping with Hugging Face's names (numpy): input_ids [b, s], padded on either side; attention_mask, labels (not
     shifted), position_ids, segment_lengths [b, M] of packed rows, pixel_values with image_grid_thw or image_sizes,
     pixel_values_videos with video_grid_thw. Labels are shifted inside each segment, positions restart in each segment. ``images`` is
-    the number of vision segments (frames) a shard has room for. Missing rows, and missing micro-batches up to ``accumulate``, are empty.
+    the number of vision segments (frames) a shard has room for; where all frames of the step have ``frame`` patches, it is as many as its
+    patches are room for, which are not said to start anywhere. Missing rows, and missing micro-batches up to ``accumulate``, are empty.
 
     >>> ids = np.array([[5, 6, 7]])
     >>> batch = make_batch([{"input_ids": ids, "labels": ids}], ModelValues(pad_token_id=0), Shape(4), rows=1)
@@ -123,7 +125,10 @@ def make_batch(
     needed = max(
         (_windows(parsed[at : at + per_shard], values) for parsed in parsed_batches for at in range(0, rows, per_shard)), default=0
     )
-    batch = _empty(count, values, shape, (rows, segments, images, shards), needed)
+    alike = frame is not None and shape.patches % frame == 0 and _frames_alike(parsed_batches, frame)
+    batch = _empty(count, values, shape, (rows, segments, shape.patches // frame if alike and frame else images, shards), needed)
+    if alike:
+        batch = dataclasses.replace(batch, patch_segment_starts=None)
     for g, parsed in enumerate(parsed_batches):
         _refuse_what_does_not_fit(parsed, batch, f"micro-batch {g}")
         for p in range(shards):
@@ -280,6 +285,11 @@ def _positions_of(given: Any, b: int, kept: slice, lengths: tuple[int, ...], run
     return np.concatenate(pieces, axis=-1) if pieces else np.zeros((3, 0) if mrope else (0,), np.int32)
 
 
+def _frames_alike(parsed_batches: Sequence[Sequence[Row]], frame: int) -> bool:
+    """Whether every image and every frame of a video has so many patches."""
+    return all(run.grid[1] * run.grid[2] == frame for parsed in parsed_batches for row in parsed for run in row.runs)
+
+
 def _windows(rows: Sequence[Row], values: ModelValues) -> int:
     """Attention windows of the rows' images."""
     return sum(len(window_order(run.grid, values.vision)[1]) for row in rows for run in row.runs if values.vision)
@@ -366,7 +376,8 @@ def _write_shard(batch: Batch, g: int, p: int, of_shard: range, parsed: Sequence
             batch.patches[g, p, here] = _moved(patches, order)
             batch.patch_positions[g, p, here] = _moved(patch_positions(run.grid, merge), order)
             frames, area = run.grid[0], run.grid[1] * run.grid[2]
-            batch.patch_segment_starts[g, p, at_frame : at_frame + frames] = at_patch + area * np.arange(frames)
+            if batch.patch_segment_starts is not None:
+                batch.patch_segment_starts[g, p, at_frame : at_frame + frames] = at_patch + area * np.arange(frames)
             batch.patch_segment_lengths[g, p, at_frame : at_frame + frames] = area
             if windows:
                 batch.patch_window_starts[g, p, at_window : at_window + len(windows)] = at_patch + np.cumsum([0, *windows[:-1]])

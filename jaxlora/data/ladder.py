@@ -34,13 +34,20 @@ class Shape:
 
 
 def ladder(
-    lengths: Sequence[tuple[int, int]], *, rows: int = 1, shards_per_step: int = 1, merge: int = 2, most: int = 8
+    lengths: Sequence[tuple[int, int]],
+    *,
+    rows: int = 1,
+    shards_per_step: int = 1,
+    merge: int = 2,
+    most: int = 8,
+    frame: int | None = None,
 ) -> tuple[Shape, ...]:
     """Chooses at most ``most`` shapes for rows of (tokens, patches), smallest first; the last holds any step that can occur.
 
     Steps of ``shards_per_step`` groups (micro-batches x data shards) of ``rows`` rows are drawn as in training; starting
     from the largest shape, the shape that saves most work is added until none saves 1 %. Sizes are multiples of 128 tokens and
-    64·merge² patches, or 16 and 4·merge² when everything is small. The same lengths always give the same ladder.
+    64·merge² patches, or 16 and 4·merge² when everything is small; of patches, of ``frame`` where all frames have so many. The same
+    lengths always give the same ladder.
 
     >>> ladder([(100, 0), (90, 0), (500, 0), (510, 0)])
     (Shape(tokens=96, patches=0), Shape(tokens=112, patches=0), Shape(tokens=512, patches=0))
@@ -56,7 +63,7 @@ def ladder(
     table = np.asarray(lengths, np.int64).reshape(-1, 2)
     needs = _needs_of_steps(table, rows, shards_per_step)
     top = np.array([table[:, 0].max(), np.sort(table[:, 1])[-rows:].sum()])
-    units = _units(top, merge)
+    units = _units(top, merge, frame)
     rounded = -(-needs // units) * units
     top = np.maximum(-(-top // units) * units, units * (top > 0))
     candidates = _candidates(np.concatenate([rounded, top[None]]))
@@ -122,10 +129,20 @@ def _needs_of_steps(table: np.ndarray, rows: int, shards_per_step: int) -> np.nd
     return np.array(needs, np.int64)
 
 
-def _units(top: np.ndarray, merge: int) -> np.ndarray:
+def frame_size(lengths: Sequence[tuple[int, int]], frames: Sequence[int]) -> int | None:
+    """The patches of a frame, where rows of (tokens, patches) with so many images and video frames have as many in each; else None.
+
+    >>> frame_size([(20, 8), (30, 0), (40, 16)], [1, 0, 2]), frame_size([(20, 8), (40, 12)], [1, 1])
+    (8, None)
+    """
+    sizes = {divmod(patches, count) for (_, patches), count in zip(lengths, frames, strict=True) if count}
+    return next(iter(sizes))[0] if len(sizes) == 1 and not next(iter(sizes))[1] else None
+
+
+def _units(top: np.ndarray, merge: int, frame: int | None) -> np.ndarray:
     tokens = 128 if top[0] > 512 else 16
     patches = 64 * merge**2 if top[1] > 512 * merge**2 else 4 * merge**2
-    return np.array([tokens, patches])
+    return np.array([tokens, frame or patches])
 
 
 def _candidates(rounded: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from jaxlora.nn.norm import CentredRMSNorm, RMSNorm
 from jaxlora.nn.pending import Pending
 from jaxlora.nn.rope import Table, rotate
 from jaxlora.typing import Array, Float, Int
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import Alike, attention
 
 type Segments = tuple[Int[Array, "B M"], Int[Array, "B M"]]
 
@@ -30,7 +30,7 @@ class Shared:
     """
 
     rope: Table
-    segments: Segments
+    segments: Segments | Alike
     backend: str = "auto"
     column: Int[Array, " B"] | None = None
     local_rope: Table | None = None

@@ -13,6 +13,7 @@ from jaxlora.nn.siglip import SiglipConfig, SiglipEncoder
 from jaxlora.nn.vision import PatchProjection
 from jaxlora.typing import Array, Float
 from jaxlora.weights.base import abstract
+from pallas_kernels.attention import Alike
 
 
 class ClipEmbeddings(nnx.Module):
@@ -52,7 +53,5 @@ class ClipTower(nnx.Module):
         images = -(-W // n)
         whole = jnp.pad(batch.patches.astype(dtype), ((0, 0), (0, images * n - W), (0, 0)))
         x = self.pre_layrnorm(self.embeddings(whole.reshape(P * images, n, E))).reshape(P, images * (n + 1), -1)
-        starts, lengths = batch.patch_segment_starts, batch.patch_segment_lengths
-        segments = starts // n * (n + 1), jnp.where(lengths > 0, lengths + 1, 0)
-        x = self.encoder(x, segments, execution, self.feature_layer)
+        x = self.encoder(x, Alike(images), execution, self.feature_layer)
         return x.reshape(P, images, n + 1, -1)[:, :, 1:].reshape(P, images * n, -1)[:, :W]

@@ -19,7 +19,7 @@ from jaxlora.nn.mlp import SwiGLU
 from jaxlora.nn.norm import RMSNorm, add, branch, residual
 from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack
-from jaxlora.nn.vision import PatchProjection
+from jaxlora.nn.vision import PatchProjection, frames
 from jaxlora.typing import Array, Float, PRNGKeyArray
 from pallas_kernels.attention import attention
 
@@ -131,6 +131,6 @@ class PixtralTower(nnx.Module):
         inputs = LayerInputs(keys=None if key is None else layers.dropout_keys(key))
         # transformers rotates in the activations' dtype here.
         table = rope.axial_table(batch.patch_positions, frequencies(self.config), jnp.dtype(dtype))
-        shared = Shared(table, (batch.patch_segment_starts, batch.patch_segment_lengths), execution.attention)
+        shared = Shared(table, frames(batch), execution.attention)
         _, [state], _ = layers(x, shared, inputs, collect=(self.feature_layer,), scan=execution.scan)
         return state

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxlora.data.batches import Batch
 from jaxlora.errors import raise_all
-from jaxlora.nn.attention import LayerInputs
+from jaxlora.nn.attention import LayerInputs, Segments
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import Embed
 from jaxlora.nn.linear import Linear, project
@@ -16,9 +16,10 @@ from jaxlora.nn.mlp import PlainMLP
 from jaxlora.nn.norm import LayerNorm, add, branch, residual
 from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack
+from jaxlora.nn.vision import frames
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import abstract, contract_last
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import Alike, attention
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
@@ -86,7 +87,7 @@ class SiglipEmbeddings(nnx.Module):
 class SiglipShared:
     """What every layer sees: the images, (starts, lengths) [P, N] in patches, and the attention backend."""
 
-    segments: tuple[Int[Array, "P N"], Int[Array, "P N"]]
+    segments: Segments | Alike
     backend: str = "auto"
 
 
@@ -140,9 +141,7 @@ class SiglipEncoder(nnx.Module):
     def __init__(self, config: SiglipConfig, *, path: str, dtype: Any):
         self.layers = Stack([SiglipLayer(config, dtype=dtype) for _ in range(config.num_hidden_layers)], path=f"{path}.layers")
 
-    def __call__(
-        self, x: Float[Array, "P W D"], segments: tuple[Int[Array, "P N"], Int[Array, "P N"]], execution: Execution, layer: int
-    ) -> Float[Array, "P W D"]:
+    def __call__(self, x: Float[Array, "P W D"], segments: Segments | Alike, execution: Execution, layer: int) -> Float[Array, "P W D"]:
         """The state that enters ``layer``, which at the number of layers is the output; ``segments`` are the images."""
         key = execution.dropout_key
         inputs = LayerInputs(keys=None if key is None else self.layers.dropout_keys(key))
@@ -166,5 +165,5 @@ class SiglipTower(nnx.Module):
         """The batch's patches of P data shards to their states, computed in ``dtype``; padding changes no other patch."""
         x = self.embeddings(batch.patches.astype(dtype), batch.patch_positions)
         layer = self.config.num_hidden_layers if self.feature_layer is None else self.feature_layer
-        x = self.encoder(x, (batch.patch_segment_starts, batch.patch_segment_lengths), execution, layer)
+        x = self.encoder(x, frames(batch), execution, layer)
         return self.post_layernorm(x) if self.feature_layer is None else x

@@ -12,7 +12,7 @@ from conversion.hf_config import Rope
 from jaxlora.data.batches import Batch
 from jaxlora.errors import raise_all
 from jaxlora.nn import rope
-from jaxlora.nn.attention import LayerInputs, Shared, kept_heads
+from jaxlora.nn.attention import LayerInputs, Segments, Shared, kept_heads
 from jaxlora.nn.decoder import Execution
 from jaxlora.nn.embed import features_at
 from jaxlora.nn.linear import Linear
@@ -22,7 +22,7 @@ from jaxlora.nn.pending import Pending
 from jaxlora.nn.stack import Stack, fold_path
 from jaxlora.typing import Array, Float, Int, PRNGKeyArray
 from jaxlora.weights.base import abstract, beside, contract_last
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import Alike, attention
 
 # Makes a module from its sizes, as a class or with arguments bound.
 type Build = Callable[..., Any]
@@ -245,14 +245,19 @@ def run_blocks(
     if x.shape[1] % config.merged:
         raise ValueError(f"room for {x.shape[1]} patches a shard, which is no multiple of the {config.merged} in one feature")
     inverse = rope.frequencies(config.head_dim // 2, Rope(theta=config.rope_theta))
-    frames = (batch.patch_segment_starts, batch.patch_segment_lengths)
     windows = None if config.window is None else (batch.patch_window_starts, batch.patch_window_lengths)
     table = rope.axial_table(batch.patch_positions, inverse, jnp.float32)
-    shared = VisionShared(table, frames, execution.attention, windows=windows)
+    shared = VisionShared(table, frames(batch), execution.attention, windows=windows)
     key = execution.dropout_key
     layers = LayerInputs(keys=None if key is None else stack.dropout_keys(key))
     x, collected, _ = stack(x, shared, layers, collect=collect, scan=execution.scan)
     return x, collected
+
+
+def frames(batch: Batch) -> Segments | Alike:
+    """What the patches of a batch attend within: their own frame, or what is left of a shard's room for frames that are all alike."""
+    starts, lengths = batch.patch_segment_starts, batch.patch_segment_lengths
+    return Alike(lengths.shape[-1]) if starts is None else (starts, lengths)
 
 
 def fuse(tokens: Float[Array, "B S D"], features: Float[Array, "P F D"], index: Int[Array, "B S"]) -> Float[Array, "B S D"]:

@@ -1,5 +1,6 @@
 """Named calls of attention, which tests and benchmarks walk."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._kernel import Case
-from pallas_kernels.attention.spec import Intervals
+from pallas_kernels.attention.spec import Alike, Intervals
 
 _TWO_ROWS = ([(0, 5), (5, 9), (14, 4)], [(0, 17)])
 
@@ -61,6 +62,11 @@ def _crossing(
     return Case(arrays={**arrays, "segments": intervals}, static={"causal": False}, wrt=("q", "k", "v"))
 
 
+def _alike(dtype: Any, *, count: int, **options: Any) -> Case:
+    case = _case(dtype, **options)
+    return dataclasses.replace(case, arrays={**case.arrays, "segments": Alike(count)})
+
+
 def _of(**options: Any) -> functools.partial[Case]:
     return functools.partial(_case, **options)
 
@@ -102,6 +108,8 @@ CASES = {
     "short_images": _of(
         length=18, heads=(2, 2), width=8, rows=([(0, 5), (5, 9)],), causal=True, images=([(1, 3), (8, 4)],), longest=9, scale=0.5
     ),
+    "alike": functools.partial(_alike, count=3, length=96, heads=(2, 2), width=80, rows=([], []), causal=False),
+    "alike_causal": functools.partial(_alike, count=2, length=96, heads=(4, 2), width=16, rows=([],), causal=True, sinks=True),
     # Rows that see nothing, what others see, and all; keys shorter and longer than queries.
     "intervals": functools.partial(
         _crossing, lengths=(18, 7), heads=(4, 2), width=16, rows=([(3, 0, 0), (5, 0, 4), (10, 2, 7)], [(18, 5, 5)])

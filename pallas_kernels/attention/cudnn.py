@@ -61,12 +61,12 @@ def _masked(spec: Spec, segments: Segments, reach: Reach) -> bool:
 
 
 def _alone(spec: Spec, segments: Segments) -> bool:
-    """Whether each row is one document from column 0 on, then padding: causality alone hides the padding from it.
+    """Whether each row is one document, or one from column 0 on, then padding, that causality alone hides from it.
 
     Without offsets cuDNN needs no sums of its own for each segment, and no kernels around them. The padding sees the document, which nobody
     reads.
     """
-    return spec.causal and isinstance(segments, Covering) and segments.starts.shape[1] == 2
+    return isinstance(segments, Covering) and segments.starts.shape[1] <= (2 if spec.causal else 1)
 
 
 def _too_large(q: Query, segments: int) -> str | None:
@@ -179,7 +179,7 @@ def _operands(spec: Spec, q: Query, k: KeyValue, v: KeyValue, segments: Segments
     if masked := _masked(spec, segments, reach):
         bias, mask_type = _mask(spec, q, k, segments, reach), masks.NO_MASK
     elif _alone(spec, segments):
-        mask_type = masks.CAUSAL
+        mask_type = masks.CAUSAL if spec.causal else masks.NO_MASK
     else:
         lengths, offsets = packed_segments(segments)
         mask_type = masks.PADDING_CAUSAL if spec.causal else masks.PADDING

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -11,7 +12,7 @@ from pallas_kernels._kernel import Kernel
 from pallas_kernels.attention import cudnn, short, xla
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.attention.reference import reference
-from pallas_kernels.attention.spec import Intervals, KeyValue, Query, Reach, Segments, Spec
+from pallas_kernels.attention.spec import Alike, Covering, Intervals, KeyValue, Query, Reach, Segments, Spec
 
 _BACKENDS = {"cudnn": cudnn, "xla": xla, "short": short}
 
@@ -21,7 +22,7 @@ def attention(
     k: KeyValue,
     v: KeyValue,
     *,
-    segments: Segments,
+    segments: Segments | Alike,
     causal: bool,
     scale: float | None = None,
     window: int | None = None,
@@ -35,7 +36,8 @@ def attention(
 
     Query i sees key j when both are in the same segment, j <= i if ``causal``, and j > i - ``window`` if there is one. Query head h reads
     key head h // (H // K). ``segments`` is (starts, lengths), int32, in tokens, contiguous and disjoint within a row; an unused entry has
-    length 0. A position in no segment gives exactly zero and takes no gradient; `cover` leaves none, which is faster.
+    length 0. A position in no segment gives exactly zero and takes no gradient; `cover` leaves none, which is faster, and `Alike` says that
+    all have one length, which is faster still.
     cap(s) = softcap * tanh(s / softcap). ``sinks`` are one more logit a head, neither scaled nor capped, that takes part in the softmax and
     has no value. ``scale`` is C**-0.5 unless given. ``reach`` (int32) lifts causality up to a key: query i also sees the keys j < reach_i
     of its segment. Tokens of an image that see each other both ways have the image's end there, all others 0. ``longest`` promises that no
@@ -58,6 +60,11 @@ def attention(
       NotImplementedError: the named backend cannot run this call; the text says why.
     """
     options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap, "longest": longest}
+    if isinstance(segments, Alike):
+        if reach is not None:
+            raise ValueError("reach lifts causality up to a key of the whole row; of segments alike it must be None")
+        rows, whole = _apart(q, k, v, segments.count)
+        return attention(*rows, segments=whole, sinks=sinks, backend=backend, **options).reshape(q.shape)
     _check(q, k, v, segments, causal, window, reach, longest)
     if backend == "auto" and longest is not None and _refuses("short", q, k, v, segments=segments, sinks=sinks, **options) is None:
         backend = "short"
@@ -66,6 +73,15 @@ def attention(
     if chosen == "cudnn" and jax.default_backend() == "gpu":
         cudnn.check_packing()
     return _attention(chosen, _spec(q, **options), q, k, v, sinks, segments, reach)
+
+
+def _apart(q: Query, k: KeyValue, v: KeyValue, count: int) -> tuple[tuple[Array, ...], Covering]:
+    """The ``count`` segments of each row as rows of their own."""
+    if k.shape[:2] != q.shape[:2] or count < 1 or q.shape[1] % count:
+        raise ValueError(f"segments alike are equal parts of rows of queries and of keys, got {count} of q {q.shape} and k {k.shape}")
+    rows, length = q.shape[0] * count, q.shape[1] // count
+    whole = Covering(jnp.zeros((rows, 1), jnp.int32), jnp.full((rows, 1), length, jnp.int32))
+    return (q.reshape(rows, length, *q.shape[2:]), k.reshape(rows, length, *k.shape[2:]), v.reshape(rows, length, *v.shape[2:])), whole
 
 
 def _spec(q: Query, *, causal: bool, scale: float | None = None, window: int | None = None, **options: Any) -> Spec:
@@ -129,11 +145,13 @@ def _refuses(
     k: KeyValue,
     v: KeyValue,
     *,
-    segments: Segments,
+    segments: Segments | Alike,
     sinks: Float[Array, " H"] | None = None,
     reach: Reach = None,
     **options: Any,
 ) -> str | None:
+    if isinstance(segments, Alike):
+        (q, k, v), segments = _apart(q, k, v, segments.count)
     return _BACKENDS[backend].refuses(_spec(q, **options), q, k, sinks, reach, segments)
 
 

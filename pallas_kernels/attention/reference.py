@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention.spec import Intervals, KeyValue, Query, Reach, Segments
+from pallas_kernels.attention.spec import Alike, Intervals, KeyValue, Query, Reach, Segments
 
 
 def reference(
@@ -12,7 +12,7 @@ def reference(
     k: KeyValue,
     v: KeyValue,
     *,
-    segments: Segments,
+    segments: Segments | Alike,
     causal: bool,
     scale: float | None = None,
     window: int | None = None,
@@ -28,6 +28,10 @@ def reference(
     logits = jnp.einsum("bshc,bthc->bhst", q32, k32) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
+    if isinstance(segments, Alike):
+        length = q.shape[1] // segments.count
+        starts = jnp.broadcast_to(length * jnp.arange(segments.count), (q.shape[0], segments.count))
+        segments = starts, jnp.full_like(starts, length)
     if isinstance(segments, Intervals):
         key = jnp.arange(k.shape[1])[None, None, :]
         visible = (key >= segments.starts[..., None]) & (key < segments.ends[..., None])

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -40,6 +41,14 @@ class Covering(NamedTuple):
 
     starts: Int[Array, "B M"]
     lengths: Int[Array, "B M"]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Alike:
+    """In place of segments: each row is ``count`` segments of the same length, one after the other. No backend needs to be told more."""
+
+    count: int
 
 
 class Intervals(NamedTuple):
