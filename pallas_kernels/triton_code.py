@@ -231,12 +231,13 @@ def adapted_tile(z, place, kept, scale, u, b, SCALED: tl.constexpr):
 @triton.jit
 def gated_gradients(
     e, g, dh, u_gate, u_up, du, a, scales, e_scales, g_scales, b_gate, b_up, de, dg, db_gate, db_up, da,
-    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr, UNADAPTED: tl.constexpr, UNSCALED: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     BLOCK_GATE: tl.constexpr, BLOCK_UP: tl.constexpr, BLOCK_DOWN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """de, dg [M, N] of h = act(e) ∘ g under dh + du @ a, the rows of dh times scales where ``SCALED``.
+    """de, dg [M, N] of h = act(e) ∘ g under dh + du @ a, the rows of dh times scales where ``SCALED``. With a ``STRIDE`` of more than N, dg
+    goes beside de.
 
     And for part p of the rows: deᵀ u_gate, dgᵀ u_up [p, N, R], duᵀ h [p, R, N]. Where ``UNADAPTED``, e and g are yet to be made of the
     products in their places, `adapted_tile`s of u_gate and b_gate [N, R], u_up and b_up, with e_scales and g_scales where ``UNSCALED``.
@@ -253,6 +254,7 @@ def gated_gradients(
         rows = split * ROWS + first + tl.arange(0, BLOCK_M)
         row_kept = rows < M
         place, kept = rows[:, None].to(tl.int64) * N + columns[None], row_kept[:, None] & column_kept[None]
+        written = rows[:, None].to(tl.int64) * STRIDE + columns[None]
         if UNADAPTED:
             gate_u, up_u = rank_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), rank_columns(u_up, rows, row_kept, R_UP, BLOCK_UP)
             value = adapted_tile(e, place, kept, row_scales(e_scales, rows, row_kept, UNSCALED), gate_u, gate_tile, UNSCALED)
@@ -268,8 +270,8 @@ def gated_gradients(
         activated, slope = activate_with_slope(value, ACTIVATION)
         de_tile = (dvalue * times * slope).to(dtype)
         dg_tile = (dvalue * activated).to(dtype)
-        tl.store(de + place, de_tile, mask=kept)
-        tl.store(dg + place, dg_tile, mask=kept)
+        tl.store(de + written, de_tile, mask=kept)
+        tl.store((dg if STRIDE == N else de + N) + written, dg_tile, mask=kept)
         gate = tl.dot(transposed_columns(u_gate, rows, row_kept, R_GATE, BLOCK_GATE), de_tile, gate)
         up = tl.dot(transposed_columns(u_up, rows, row_kept, R_UP, BLOCK_UP), dg_tile, up)
         # The zero keeps Triton from making h once more, its sigmoid too, in the layout of a dot's operand.

@@ -24,13 +24,24 @@ from jaxlora.nn.products import (
     marked,
     named,
     norm_statistics,
+    padded_b,
     pair_gradient,
     scaled_b,
     split,
+    stacked_a,
     sum_over_rows,
 )
 from jaxlora.typing import Array
-from jaxlora.weights.base import AbstractWeight, input_gradient, one_product, outer, padding, product_beside
+from jaxlora.weights.base import (
+    AbstractWeight,
+    gradients_together,
+    input_gradient,
+    one_product,
+    outer,
+    padding,
+    product_beside,
+    room_beside,
+)
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.adapted_activation import KERNEL as ADAPTED
 from pallas_kernels.adapted_activation import adapted_activation
@@ -122,11 +133,17 @@ def _mlp_bwd(how: How, residuals: Any, dy: Array) -> tuple[Any, ...]:
     inputs, pending, ys, scales, bias, us, last_u, weights, loras, statistics = residuals
     first, last = loras[:-1], loras[-1]
     unadapted = None if scales is None else tuple((s, scaled_b(lora, dy.dtype)) for s, lora in zip(scales, first, strict=True))
-    dys, dbs, da_last = _wide_gradients(activation, ys, unadapted, bias, tuple(us.values()), weights[-1], last, dy)
+    room = _room(making, bias, weights[:-1], first)
+    dys, dbs, da_last = _wide_gradients(activation, ys, unadapted, bias, tuple(us.values()), (weights[-1], last), dy, room)
     pairs, (x, pull) = dict(enumerate(first)), jax.vjp(into, *inputs)
-    dx, both, *_ = linear_gradients(weights[:-1], first, pairs, dys, us, making=making)
-    assert both is not None
-    das = split(sum_over_rows(into, inputs, statistics, x, both), pairs, axis=0)
+    if room is None:
+        dx, du, *_ = linear_gradients(weights[:-1], first, pairs, dys, us, making=making)
+    else:
+        bs = [b for b in padded_b(first, dy.dtype) if b is not None]
+        dx, du, _ = gradients_together(dys[0], weights[:-1], bs, stacked_a(pairs, dy.dtype))
+        dys = tuple(jnp.split(dys[0][:, : dys[0].shape[1] - room], len(first), axis=1))
+    assert du is not None
+    das = split(sum_over_rows(into, inputs, statistics, x, du), pairs, axis=0)
     dloras = [pair_gradient(lora, da, db) for lora, da, db in zip(first, das, dbs, strict=True)]
     # Only where a weight is trained is h computed once more.
     if unadapted is not None:
@@ -138,20 +155,37 @@ def _mlp_bwd(how: How, residuals: Any, dy: Array) -> tuple[Any, ...]:
     return dinputs, dhollow, dbias, dweights, (*dloras, pair_gradient(last, da_last, outer(dy, last_u)))
 
 
+def _room(making: bool, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]) -> int | None:
+    """Columns behind the gradients by a gated MLP's first products where these come as one array, for one product; else None."""
+    rank = sum(lora.rank for lora in loras)
+    if not making or bias is not None or not all(w.decoded and one_product(w.shape[0], rank) for w in weights):
+        return None
+    return room_beside(weights, rank)
+
+
 def _wide_gradients(
-    activation: str, ys: Inputs, bs: Pairs | None, bias: Array | None, us: Inputs, weight: AbstractWeight, lora: LoRA, dy: Array
+    activation: str,
+    ys: Inputs,
+    bs: Pairs | None,
+    bias: Array | None,
+    us: Inputs,
+    last: tuple[AbstractWeight, LoRA],
+    dy: Array,
+    room: int | None,
 ) -> tuple[Inputs, Inputs, Array]:
-    """(the gradients by an MLP's first products, their adapters' dyᵀ u, the duᵀ h of the last one, of ``weight`` and ``lora``).
+    """(the gradients by an MLP's first products, one array where they have ``room`` behind them; their adapters' dyᵀ u; duᵀ h of ``last``).
 
     What comes to h, and first products that are yet to be scaled (by ``bs``, also their s·B), are scaled by the kernel that makes all this.
     """
+    weight, lora = last
     du, a = dy @ scaled_b(lora, dy.dtype), lora.a.astype(dy.dtype)
     apart = weight.matmul_t_apart((dy,))
     if bias is None:
         (e, g), (u_gate, u_up) = ys, us
         dh, scales = apart or (input_gradient((weight,), (dy,)), None)
-        de, dg, *dbs, da = gated_gradients(e, g, dh, u_gate, u_up, du, a, scales=scales, unadapted=bs, activation=activation)
-        return (de, dg), tuple(dbs), da
+        made = gated_gradients(e, g, dh, u_gate, u_up, du, a, scales=scales, unadapted=bs, activation=activation, padding=room)
+        *dys, db_gate, db_up, da = made
+        return tuple(dys), (db_gate, db_up), da
     # To a product of its own this kernel would lose more by adding the adapter's part than the product does by copying dy beside du.
     dh, update = (input_gradient((weight,), (dy,), (du, a)), None) if apart is None else (apart[0], (apart[1], a))
     de, db, da = plain_gradients(ys[0], bias, dh, us[0], du, update=update, unadapted=None if bs is None else bs[0], activation=activation)

@@ -27,6 +27,7 @@ from jaxlora.weights.base import (
     padded_beside,
     padding,
     product_beside,
+    put_together,
 )
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.adapted_sum import adapted_sum
@@ -106,7 +107,7 @@ def made_input(act: Activation, inputs: Inputs, loras: Loras, *, beside: bool) -
     """(x = act(*inputs), [x, u, 0] where it is to be ``beside``; u; the u_i; a norm's statistics), as a kernel makes them."""
     assert isinstance(act, Function)
     pairs, x = {i: lora for i, lora in enumerate(loras) if lora is not None}, inputs[0]
-    a = _stacked_a(pairs, x.dtype)
+    a = stacked_a(pairs, x.dtype)
     made, u, statistics = lora_input(inputs, a, function=act, padding=padding(x.shape[1], len(a)) if beside else None)
     us = kept(dict(enumerate(split(u, pairs, axis=1))))
     return made, u, us, None if statistics is None else checkpoint_name(statistics, "lora_u")
@@ -161,7 +162,7 @@ def _ys(x: Array, weights: Weights, loras: Loras, us: dict[int, Array]) -> tuple
 
 def _wide_ys(both: Array, weights: Weights, loras: Loras, columns: Array) -> tuple[Array, ...]:
     """`_ys` of [x, u, 0], where all Linears have adapters."""
-    bs = [b for b in _padded_b(loras, both.dtype) if b is not None]
+    bs = [b for b in padded_b(loras, both.dtype) if b is not None]
     if len(weights) > 1 and join(weights, weights[0].shape[1], columns.shape[1]):
         joined = named(product_beside(weights, both, jnp.concatenate(bs)))
         return tuple(jnp.split(joined, _starts(w.shape[0] for w in weights)[1:-1], axis=1))
@@ -174,11 +175,11 @@ def named(y: Array) -> Array:
 
 
 def _columns(loras: Loras, us: dict[int, Array], dtype: Any) -> tuple[Array, list[Array | None]]:
-    """All adapters' columns u [N, R], and each Linear's `_padded_b`."""
-    return jnp.concatenate([us[i] for i in sorted(us)], axis=1), _padded_b(loras, dtype)
+    """All adapters' columns u [N, R], and each Linear's `padded_b`."""
+    return jnp.concatenate([us[i] for i in sorted(us)], axis=1), padded_b(loras, dtype)
 
 
-def _padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
+def padded_b(loras: Loras, dtype: Any) -> list[Array | None]:
     """Each Linear's s·B [O, R], zero at the others' columns; None where there is no adapter."""
     *starts, total = _starts(0 if lora is None else lora.rank for lora in loras)
     return [
@@ -217,21 +218,21 @@ def linear_gradients(
     ``making`` is what `jaxlora.nn.linear.making_inputs` says.
     """
     dtype = dys[0].dtype
-    bs = [b for b in _padded_b(loras, dtype) if b is not None]
+    bs = [b for b in padded_b(loras, dtype) if b is not None]
     # Where blocks wait in host memory, XLA would begin to fetch the next one too late if fewer products were left to run.
     if making and len(plain) == len(weights) and goes_together(weights, bs[0].shape[1]):
-        dx, du, both = gradients_together(dys, weights, bs, _stacked_a(plain, dtype))
+        dx, du, both = gradients_together(put_together(dys, weights, bs[0].shape[1]), weights, bs, stacked_a(plain, dtype))
         sums = outer(both, jnp.concatenate([us[i] for i in plain], axis=1))
         starts, firsts = _starts(w.shape[0] for w in weights), _starts(lora.rank for lora in plain.values())
         return dx, du, {}, {i: sums[starts[i] : starts[i + 1], firsts[i] : firsts[i + 1]] for i in plain}
     dbs = {i: outer(dys[i], us[i]) for i, lora in enumerate(loras) if lora is not None}
     if len(plain) == len(weights) and goes_beside(weights, bs[0].shape[1]):
         both, du = gradients_beside(dys, weights, bs)
-        return adapted_sum(both, None, du, _stacked_a(plain, dtype).T), du, {}, dbs
+        return adapted_sum(both, None, du, stacked_a(plain, dtype).T), du, {}, dbs
     dus = {i: _narrow_product(dys[i], scaled_b(lora, dtype)) for i, lora in enumerate(loras) if lora is not None}
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
-    update = None if du is None else (du, _stacked_a(plain, dtype))
+    update = None if du is None else (du, stacked_a(plain, dtype))
     return input_gradient(weights, dys, update), du, dus, dbs
 
 
@@ -277,7 +278,7 @@ gated_rows.defvjp(_gated_fwd, _gated_bwd)
 def down(rates: Rates, x: Array, loras: Loras, keys: Any) -> dict[int, Array]:
     """u_i = A_i drop_i(x) [N, R_i] of each adapted Linear; the undropped ones as one product."""
     plain = {i: lora for i, lora in enumerate(loras) if lora is not None and not rates[i]}
-    us = dict(zip(plain, split(contract_last(x, _stacked_a(plain, x.dtype)), plain, axis=1), strict=True)) if plain else {}
+    us = dict(zip(plain, split(contract_last(x, stacked_a(plain, x.dtype)), plain, axis=1), strict=True)) if plain else {}
     for i, lora in enumerate(loras):
         if lora is not None and rates[i]:
             us[i] = contract_last(x * _keep(keys[i], rates[i], x), lora.a.astype(x.dtype))
@@ -289,7 +290,8 @@ def scaled_b(lora: LoRA, dtype: Any) -> Array:
     return (lora.scale * lora.b).astype(dtype)
 
 
-def _stacked_a(loras: Mapping[int, LoRA], dtype: Any) -> Array:
+def stacked_a(loras: Mapping[int, LoRA], dtype: Any) -> Array:
+    """All A [R, I], on top of each other."""
     return jnp.concatenate([lora.a for lora in loras.values()]).astype(dtype)
 
 

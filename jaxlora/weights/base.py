@@ -182,21 +182,29 @@ def gradients_beside(
 
 
 def gradients_together(
-    dys: Sequence[Float[Array, "N _"]],
+    dys: Float[Array, "N C"],
     weights: Sequence[AbstractWeight],
     columns: Sequence[Float[Array, "_ R"]],
     rows: Float[Array, "R I"],
 ) -> tuple[Float[Array, "N I"], Float[Array, "N R"], Float[Array, "N C"]]:
     """(Σ dy_i @ W_i + du @ rows, du, [dy_1, …, du, 0]), du = Σ dy_i @ b_i for columns b_i [O_i, R]: one product of one array.
 
-    What makes the dys writes them where they are multiplied; du is put beside them.
+    ``dys`` are [dy_1, …, 0], with `room_beside` them; du is put there.
     """
-    width, rank = sum(dy.shape[1] for dy in dys), rows.shape[0]
-    spare = rank + padding(width, rank)
-    both = beside(*dys, jnp.zeros((len(dys[0]), spare), dys[0].dtype), made=True)
-    du = contract_first(both, jnp.concatenate([*columns, jnp.zeros((spare, rank), both.dtype)]))
-    both = jax.lax.dynamic_update_slice(both, du, (0, width))
+    width, rank = sum(w.shape[0] for w in weights), rows.shape[0]
+    du = contract_first(dys, jnp.concatenate([*columns, jnp.zeros((dys.shape[1] - width, rank), dys.dtype)]))
+    both = jax.lax.dynamic_update_slice(dys, du, (0, width))
     return gradient_beside(weights, both, rows), du, both
+
+
+def put_together(dys: Sequence[Float[Array, "N _"]], weights: Sequence[AbstractWeight], columns: int) -> Float[Array, "N C"]:
+    """[dy_1, …, 0] for `gradients_together` of so many columns; what makes the dys writes them there."""
+    return beside(*dys, jnp.zeros((len(dys[0]), room_beside(weights, columns)), dys[0].dtype), made=True)
+
+
+def room_beside(weights: Sequence[AbstractWeight], columns: int) -> int:
+    """Columns of zeros behind the gradients by the outputs of these weights, for that many of their own and what makes products faster."""
+    return columns + padding(sum(w.shape[0] for w in weights), columns)
 
 
 def goes_together(weights: Sequence[AbstractWeight], columns: int) -> bool:

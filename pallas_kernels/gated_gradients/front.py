@@ -30,8 +30,9 @@ def gated_gradients(
     scales: Float[Array, " N"] | None = None,
     unadapted: Unadapted | None = None,
     activation: str = "silu",
+    padding: int | None = None,
     backend: str = "auto",
-) -> tuple[Float[Array, "N F"], Float[Array, "N F"], Float[Array, "F Rg"], Float[Array, "F Ru"], Float[Array, "Rd F"]]:
+) -> tuple[Array, ...]:
     """(de, dg, deᵀ u_gate, dgᵀ u_up, duᵀ h) of h = act(e) ∘ g under the cotangent t = scales ∘ dh + du a.
 
     de = t ∘ g ∘ act'(e) and dg = t ∘ act(e).
@@ -40,8 +41,9 @@ def gated_gradients(
     projection that follows, whose part of t comes as du = dy (s B) and its A, and what comes through its weight as dh, whose rows fp32
     ``scales`` multiply where it comes without them. So may e and g: ``unadapted`` are the fp32 scales of their rows (both's or neither's)
     and their adapters' s·B [F, R], and scales ∘ e + u bᵀ is then meant. de and dg come in e's dtype, the sums over the rows in fp32, of
-    values rounded to e's dtype. On a GPU a kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not
-    read again. What it makes in between stays in fp32, where XLA rounds scales ∘ e + u bᵀ and act(e).
+    values rounded to e's dtype. With ``padding``, one array [de, dg, 0] with so many columns of zeros takes the place of both. On a GPU a
+    kernel reads e, g and dh once, and writes nothing else that is wide: t, h, de and dg are not read again. What it makes in between stays
+    in fp32, where XLA rounds scales ∘ e + u bᵀ and act(e).
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones((1, 1))
@@ -54,7 +56,7 @@ def gated_gradients(
     """
     _check(e, g, dh, (u_gate, u_up, du), a, scales, unadapted, activation)
     chosen = KERNEL.choose(backend, e, g, dh, u_gate, u_up, du, a, scales=scales, unadapted=unadapted, activation=activation)
-    return _BACKENDS[chosen].gradients((e, g), dh, (u_gate, u_up), du, a, scales, unadapted, activation)
+    return _BACKENDS[chosen].gradients((e, g), dh, (u_gate, u_up), du, a, scales, unadapted, activation, padding)
 
 
 def reference(
@@ -69,6 +71,7 @@ def reference(
     scales: Array | None = None,
     unadapted: Unadapted | None = None,
     activation: str = "silu",
+    padding: int | None = None,
 ) -> tuple[Array, ...]:
     """The arguments and results of `gated_gradients`, by autodiff of the definition; computed in fp32."""
     e32, g32, dh32, u_gate32, u_up32, du32, a32 = (x.astype(jnp.float32) for x in (e, g, dh, u_gate, u_up, du, a))
@@ -78,7 +81,8 @@ def reference(
         g32 = (1 if g_scales is None else g_scales[:, None]) * g32 + u_up32 @ b_up.astype(jnp.float32).T
     h, pull = jax.vjp(lambda e, g: ACTIVATIONS[activation](e) * g, e32, g32)
     de, dg = pull((dh32 if scales is None else scales[:, None] * dh32) + du32 @ a32)
-    return de.astype(e.dtype), dg.astype(e.dtype), de.T @ u_gate32, dg.T @ u_up32, du32.T @ h
+    wide = (de, dg) if padding is None else (jnp.pad(jnp.concatenate([de, dg], axis=1), ((0, 0), (0, padding))),)
+    return *(dy.astype(e.dtype) for dy in wide), de.T @ u_gate32, dg.T @ u_up32, du32.T @ h
 
 
 def _check(
@@ -153,6 +157,8 @@ CASES = {
     "unscaled": functools.partial(_case, rows=256, columns=192, ranks=(16, 16, 16), scaled=True, unadapted="unscaled"),
     "ragged_unscaled": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20), unadapted="unscaled", activation="gelu"),
     "unadapted": functools.partial(_case, rows=256, columns=192, ranks=(16, 16, 16), unadapted="scaled"),
+    "together": functools.partial(_case, rows=256, columns=192, ranks=(16, 16, 16), unadapted="scaled", padding=32),
+    "ragged_together": functools.partial(_case, rows=173, columns=75, ranks=(5, 3, 20), padding=4),
     "fewer_rows_than_parts": functools.partial(_case, rows=3, columns=80, ranks=(16, 8, 4)),
 }
 

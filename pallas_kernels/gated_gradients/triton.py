@@ -39,6 +39,7 @@ def gradients(
     scales: Float[Array, " N"] | None,
     unadapted: Any,
     activation: str,
+    padding: int | None,
 ) -> Any:
     """As `gated_gradients` returns them."""
     rows, columns = dh.shape
@@ -46,7 +47,10 @@ def gradients(
     config = dataclasses.asdict(_tuned.config("gated_gradients", "triton", Config, (rows, columns, du.shape[1])))
     splits = config.pop("SPLITS")
     ranks = [u.shape[1] for u in (*us, du)]
-    wide = jax.ShapeDtypeStruct(dh.shape, dh.dtype)
+    stride = columns if padding is None else 2 * columns + padding
+    out = jax.ShapeDtypeStruct((rows, stride), dh.dtype)
+    # Nothing is written to the second where the first takes both.
+    second = out if padding is None else jax.ShapeDtypeStruct((1,), dh.dtype)
     shapes = [(columns, ranks[0]), (columns, ranks[1]), (ranks[2], columns)]
     sums = [jax.ShapeDtypeStruct((splits, *shape), jnp.float32) for shape in shapes]
     names = ("GATE", "UP", "DOWN")
@@ -54,15 +58,16 @@ def gradients(
         _triton.device_code().gated_gradients,
         # What there is not, it does not read.
         *(*both, dh, *us, du, a, *(du if s is None else s for s in (scales, e_scales, g_scales)), *bs),
-        out=(wide, wide, *sums),
+        out=(out, second, *sums),
         grid=(-(-columns // config["BLOCK_N"]) * splits,),
         config=config,
         # Where e and dh are not needed any more; each element is read by the program that overwrites it.
-        in_place={0: 0, 2: 1},
-        **{"M": rows, "N": columns, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"], "ACTIVATION": activation},
-        STAGES=config["num_stages"],
+        in_place={0: 0, 2: 1} if padding is None else None,
+        **{"M": rows, "N": columns, "STRIDE": stride, "ROWS": -(-rows // (splits * config["BLOCK_M"])) * config["BLOCK_M"]},
+        **{"ACTIVATION": activation, "STAGES": config["num_stages"]},
         **{"SCALED": scales is not None, "UNADAPTED": unadapted is not None, "UNSCALED": e_scales is not None},
         **{f"R_{name}": rank for name, rank in zip(names, ranks, strict=True)},
         **{f"BLOCK_{name}": _triton.block_r(rank) for name, rank in zip(names, ranks, strict=True)},
     )
-    return de, dg, *(part.sum(0) for part in parts)
+    wide = (de, dg) if padding is None else (_triton.put_beside(de, jnp.zeros((rows, 0), de.dtype), padding),)
+    return *wide, *(part.sum(0) for part in parts)

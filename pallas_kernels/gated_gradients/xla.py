@@ -25,6 +25,7 @@ def gradients(
     scales: Float[Array, " N"] | None,
     unadapted: Any,
     activation: str,
+    padding: int | None,
 ) -> Any:
     """As `gated_gradients` returns them."""
     e, g = both
@@ -32,7 +33,8 @@ def gradients(
         e, g = (total(z, s, u, b) for z, u, (s, b) in zip(both, us, unadapted, strict=True))
     h, pull = jax.vjp(functools.partial(product, activation=activation), e, g)
     de, dg = pull(with_update(dh, du, a, scales))
-    return de, dg, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)
+    wide = (de, dg) if padding is None else (jnp.pad(jnp.concatenate([de, dg], axis=1), ((0, 0), (0, padding))),)
+    return *wide, *(outer(dy, u) for dy, u in zip((de, dg), us, strict=True)), outer(du, h)
 
 
 def with_update(dh: Float[Array, "N F"], du: Float[Array, "N R"], a: Float[Array, "R F"], scales: Array | None) -> Float[Array, "N F"]:

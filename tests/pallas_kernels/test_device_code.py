@@ -167,6 +167,10 @@ def test_triton_kernels_compute_what_the_references_do(monkeypatch, tmp_path):
     names = [name for name in TRITON if name not in ("lora_input", "adapted_activation", "float8_transposed", "float8_weight")]
     for name, kernel, case, outputs in interpreted(names, monkeypatch, tmp_path):
         expected = jax.tree.leaves(kernel.reference(**case.arrays, **case.static))
+        if "padding" in case.static:
+            # The room is filled in place afterwards; of two arrays the second is not written.
+            wide = 2 * case.arrays["e"].shape[1]
+            outputs, expected = [outputs[0][:, :wide], *outputs[2:]], [expected[0][:, :wide], *expected[1:]]
         # A kernel may have more outputs, for calls that ask for them.
         for i, (ours, value) in enumerate(zip(outputs, expected, strict=False)):
             # Sums over the rows come in parts, and rank by column.

@@ -143,7 +143,7 @@ class TestOneProduct:
         ws = [form(self.draw(i, rows, width)) for i, rows in enumerate((48, 16, 16))]
         dys = [self.draw(10 + i, 32, w.shape[0]) for i, w in enumerate(ws)]
         columns, a = [self.draw(20 + i, w.shape[0], 16) for i, w in enumerate(ws)], self.draw(3, 16, width)
-        dx, du, both = base.gradients_together(dys, ws, columns, a)
+        dx, du, both = base.gradients_together(base.put_together(dys, ws, 16), ws, columns, a)
         self.close(du, sum(product(dy, b) for dy, b in zip(dys, columns, strict=True)))
         self.close(dx, sum(product(dy, w.dequantise()) for dy, w in zip(dys, ws, strict=True)) + product(du, a))
         assert jnp.array_equal(both, jnp.pad(jnp.concatenate([*dys, du], axis=1), ((0, 0), (0, 32))))
