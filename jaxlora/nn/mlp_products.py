@@ -41,6 +41,7 @@ from jaxlora.weights.base import (
     padding,
     product_beside,
     room_beside,
+    stay_in_place,
 )
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.adapted_activation import KERNEL as ADAPTED
@@ -158,7 +159,8 @@ def _mlp_bwd(how: How, residuals: Any, dy: Array) -> tuple[Any, ...]:
 def _room(making: bool, bias: Array | None, weights: Weights, loras: tuple[LoRA, ...]) -> int | None:
     """Columns behind the gradients by a gated MLP's first products where these come as one array, for one product; else None."""
     rank = sum(lora.rank for lora in loras)
-    if not making or bias is not None or not all(w.decoded and one_product(w.shape[0], rank) for w in weights):
+    fit = all(w.decoded and one_product(w.shape[0], rank) for w in weights)
+    if not making or bias is not None or not fit or stay_in_place(weights):
         return None
     return room_beside(weights, rank)
 

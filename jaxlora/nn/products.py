@@ -28,6 +28,7 @@ from jaxlora.weights.base import (
     padding,
     product_beside,
     put_together,
+    stay_in_place,
 )
 from jaxlora.weights.lora import LoRA
 from pallas_kernels.adapted_sum import adapted_sum
@@ -233,6 +234,8 @@ def linear_gradients(
     # The undropped A of the group enter dx, and are differentiated, as one product.
     du = jnp.concatenate([dus[i] for i in plain], axis=1) if plain else None
     update = None if du is None else (du, stacked_a(plain, dtype))
+    if update is not None and stay_in_place(weights):
+        return adapted_sum(input_gradient(weights, dys), None, update[0], update[1].T), du, dus, dbs
     return input_gradient(weights, dys, update), du, dus, dbs
 
 

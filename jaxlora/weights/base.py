@@ -50,6 +50,11 @@ class AbstractWeight(abc.ABC):
         """Whether its products are those of the decoded array, up to the rounding of the product."""
         return True
 
+    @property
+    def in_place(self) -> bool:
+        """Whether products read it where it is, so that to put anything beside it costs a copy."""
+        return False
+
     @abc.abstractmethod
     def largest(self) -> Float[Array, "*layers"]:
         """A bound of the magnitudes of the weight (of each layer, in a stack), in fp32: reached, or nearly so."""
@@ -220,7 +225,13 @@ def _narrow(weights: Sequence[AbstractWeight]) -> bool:
 
 def goes_beside(weights: Sequence[AbstractWeight], columns: int) -> bool:
     """Whether so many more columns of the products dy_i @ W_i cost less than reading dys once more that are much wider than the input."""
-    return not _narrow(weights) and columns <= _FEW and all(w.decoded and one_product(w.shape[0], columns) for w in weights)
+    fit = columns <= _FEW and all(w.decoded and one_product(w.shape[0], columns) for w in weights)
+    return fit and not _narrow(weights) and not stay_in_place(weights)
+
+
+def stay_in_place(weights: Sequence[AbstractWeight]) -> bool:
+    """Whether adapters are better added apart from the gradients dy_i @ W_i, whose copies would be much larger than their sum."""
+    return not _narrow(weights) and all(w.in_place for w in weights)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

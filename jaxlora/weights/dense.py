@@ -44,6 +44,11 @@ class Dense(AbstractWeight):
         """A dense weight can be trained."""
         return True
 
+    @property
+    def in_place(self) -> bool:
+        """Where it knows its stack."""
+        return self.stack is not None
+
     def dequantise(self) -> Float[Array, "O I"]:
         """The weight itself."""
         return self.array
@@ -62,12 +67,12 @@ class Dense(AbstractWeight):
 
     def matmul(self, x: Float[Array, "N I"], update: LowRank | None = None) -> Float[Array, "N O"]:
         """x @ Wᵀ (+ u @ bᵀ)."""
-        alone = self.stack is not None and update is None
+        alone = self.in_place and update is None
         return contract_last(x, self._in_place().astype(x.dtype)) if alone else super().matmul(x, update)
 
     def matmul_t(self, dy: Float[Array, "N O"], update: LowRank | None = None) -> Float[Array, "N I"]:
         """dy @ W (+ u @ a)."""
-        alone = self.stack is not None and update is None
+        alone = self.in_place and update is None
         return contract_first(dy, self._in_place().astype(dy.dtype)) if alone else super().matmul_t(dy, update)
 
     def largest(self) -> Float[Array, "*layers"]:
