@@ -32,10 +32,17 @@ def refuses() -> str | None:
 
 
 def device_code() -> Any:
-    """The module of the kernels."""
+    """The module of the kernels around adapted products."""
     from pallas_kernels import triton_code
 
     return triton_code
+
+
+def weight_code() -> Any:
+    """The module of the products with packed weights."""
+    from pallas_kernels import weight_triton_code
+
+    return weight_triton_code
 
 
 def row_code() -> Any:

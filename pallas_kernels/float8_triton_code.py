@@ -3,7 +3,7 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from pallas_kernels.triton_code import GROUP
+from pallas_kernels.weight_triton_code import GROUP
 
 
 @triton.jit

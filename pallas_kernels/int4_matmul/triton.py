@@ -1,4 +1,4 @@
-"""Products with a packed weight in Triton, sm80 and up; the device code is `pallas_kernels.triton_code`."""
+"""Products with a packed weight in Triton, sm80 and up; the device code is `pallas_kernels.weight_triton_code`."""
 
 import dataclasses
 from typing import Any
@@ -47,7 +47,7 @@ def product(x: Float[Array, "N _"], weight: Packed, update: Any, transpose: bool
     u, b = (x, x) if update is None else update
     grid = (-(-rows // blocks["BLOCK_M"]) * -(-columns // blocks["BLOCK_N"]),)
     return _triton.call(
-        _triton.device_code().matmul_t if transpose else _triton.device_code().matmul,
+        _triton.weight_code().matmul_t if transpose else _triton.weight_code().matmul,
         *(x, weight.codes, weight.scales, weight.scales if weight.code_book is None else weight.code_book, u, b),
         out=jax.ShapeDtypeStruct((rows, columns), x.dtype),
         grid=grid,

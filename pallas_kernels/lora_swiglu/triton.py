@@ -1,4 +1,4 @@
-"""act(gate x) ∘ up x in one Triton kernel, sm80 and up; the device code is `pallas_kernels.triton_code`."""
+"""act(gate x) ∘ up x in one Triton kernel, sm80 and up; the device code is `pallas_kernels.weight_triton_code`."""
 
 import dataclasses
 from typing import Any
@@ -35,7 +35,7 @@ def gated(
     u, *bs = (x, x, x) if update is None else update
     out = jax.ShapeDtypeStruct((rows, columns), x.dtype)
     return _triton.call(
-        _triton.device_code().gated,
+        _triton.weight_code().gated,
         *(x, *_pointers(gate, x.dtype), *_pointers(up, x.dtype), u, *bs),
         out=(out,) * 3,
         grid=(-(-rows // config.BLOCK_M) * -(-columns // config.BLOCK_N),),

@@ -113,6 +113,20 @@ KERNEL_MUTANTS = [
     Mutant("pallas_kernels/functions.py", "total -= jnp.sum(scaled", "total += jnp.sum(scaled", "a layer norm's mean is added", FUNCTIONS),
     Mutant("jaxlora/weights/base.py", "return -(width + columns) % 64", "return 0", "rows that end within a cache line", FORMATS),
     Mutant("jaxlora/weights/dense.py", "self.stack, self.layer - 1,", "self.stack, 0,", "the first layer's weight for all", STEP),
+    Mutant(
+        "pallas_kernels/gated_gradients/xla.py",
+        "jnp.concatenate([de, dg], axis=1)",
+        "jnp.concatenate([dg, de], axis=1)",
+        "wide gradients change places in one array",
+        GATED,
+    ),
+    Mutant(
+        "jaxlora/nn/products.py",
+        "adapted_sum(input_gradient(weights, dys), None, update[0], update[1].T), du",
+        "input_gradient(weights, dys), du",
+        "no adapter in the gradient by what 16-bit weights in place take",
+        STEP,
+    ),
     Mutant("jaxlora/weights/base.py", "du, (0, width))", "du, (0, 0))", "du over the first of the gradients", FORMATS),
     Mutant(
         "pallas_kernels/attention/cudnn.py",

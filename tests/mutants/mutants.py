@@ -161,7 +161,7 @@ MUTANTS = [
     Mutant("jaxlora/nn/products.py", "(pull(dx), None)", "(pull(x), None)", "an activation's gradient of its value", LINEAR),
     Mutant("jaxlora/weights/base.py", "part + total, parts", "total, parts", "the gradient by the first of a group alone", LINEAR),
     Mutant("jaxlora/weights/base.py", "beside(*dys, update[0])", "beside(update[0], *dys)", "columns swapped", FORMATS),
-    Mutant("pallas_kernels/attention/cudnn.py", "shape[1] == 2", "shape[1] >= 2", "documents see each other", CUDNN),
+    Mutant("pallas_kernels/attention/cudnn.py", "<= (2 if spec", ">= (2 if spec", "documents see each other", CUDNN),
     Mutant("pallas_kernels/attention/cudnn.py", "(key >= lo) &", "(key > lo) &", "cuDNN's mask hides the first key", CUDNN),
     Mutant("pallas_kernels/attention/short.py", "segments[1] > spec.longest", "segments[1] < 0", "a cut segment is not told", SHORT),
     Mutant("pallas_kernels/attention/short.py", "& filled.reshape", "| ~filled.reshape", "a segment sees what follows it", REFERENCE),

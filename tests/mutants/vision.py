@@ -32,6 +32,14 @@ VISION_MUTANTS = [
     Mutant(
         "jaxlora/data/batches.py", "at_feature + np.argsort(order)", "at_feature + order", "features are not put back in order", QWEN_VL
     ),
+    Mutant(
+        "jaxlora/data/batches.py",
+        "run.grid[1] * run.grid[2] == frame",
+        "run.grid[1] * run.grid[2] <= frame",
+        "frames that fill less than their room are said to be alike",
+        "tests/jaxlora/data/test_batches.py",
+    ),
+    Mutant("jaxlora/nn/vision.py", "Alike(lengths.shape[-1])", "Alike(1)", "frames alike see each other", QWEN_VL),
     Mutant("pallas_kernels/functions.py", "jax.nn.sigmoid(1.702 * x32)", "jax.nn.sigmoid(x32)", "silu for quick-gelu", QWEN_VL),
     Mutant(
         "jaxlora/models/mistral3.py",

@@ -19,7 +19,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
-MODULES = ("triton_code", "row_triton_code", "float8_triton_code")
+MODULES = ("triton_code", "weight_triton_code", "row_triton_code", "float8_triton_code")
 
 
 def permuted(low, high, selector):

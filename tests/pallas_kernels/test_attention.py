@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention
-from pallas_kernels.attention import Intervals, cover, cudnn, front, xla
+from pallas_kernels.attention import Alike, Intervals, cover, cudnn, front, xla
 from pallas_kernels.attention.reference import reference
 from tests.pallas_kernels import h200
 from tests.pallas_kernels.rows import qkv, segments
@@ -74,6 +74,19 @@ def test_intervals_are_whole_and_alone(options, message):
     seen = Intervals(*jnp.zeros((2, 1, length), jnp.int32))
     with pytest.raises(ValueError, match=message):
         attention(*qkv(8), segments=seen, **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (3, {}, r"segments alike are equal parts of rows of queries and of keys, got 3 of q \(1, 8, "),
+        (0, {}, "equal parts of rows of queries and of keys, got 0"),
+        (2, {"reach": jnp.zeros((1, 8), jnp.int32)}, "of segments alike it must be None"),
+    ],
+)
+def test_segments_alike_are_equal_parts(count, options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*qkv(8), segments=Alike(count), causal=True, **options)
 
 
 def test_looking_ahead_without_causality_is_a_mistake():

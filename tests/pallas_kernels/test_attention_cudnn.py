@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention
-from pallas_kernels.attention import Intervals, cover, cudnn, front, xla
+from pallas_kernels.attention import Alike, Intervals, cover, cudnn, front, xla
 from pallas_kernels.attention.reference import reference
 from tests.pallas_kernels import h200
 from tests.pallas_kernels.rows import qkv, segments
@@ -35,6 +35,7 @@ def test_cudnns_mask_leaves_what_the_reference_sees(name):
         ({"segments": segments((0, 64)), "causal": True, "window": 9}, True),
         ({"segments": cover(segments((0, 45)), 64), "causal": True, "window": 9}, True),
         ({"segments": cover(segments((0, 45)), 64), "causal": True}, False),
+        ({"segments": Alike(2), "causal": True}, False),
     ],
 )
 def test_cudnn_has_a_mask_where_segments_do_not_say_what_is_seen(options, masked):
@@ -102,6 +103,15 @@ def test_auto_on_an_h200_lowers_to_packed_cudnn_forward_and_backward(causal, mas
     text = h200.lowered_text(gradient, qkv(64, heads=4, kv_heads=2, width=80, dtype=jnp.bfloat16))
     forward, backward = (line for line in text.splitlines() if "cudnn$" in line)
     assert all(f"mask_type\\22: \\22{mask}" in line and "max_seg_per_batch\\22: 2" in line for line in (forward, backward))
+
+
+def test_segments_alike_are_rows_of_their_own_to_cudnn():
+    gradient = jax.grad(lambda qkv: attention(*qkv, segments=Alike(4), causal=False).astype(jnp.float32).sum())
+    text = h200.lowered_text(gradient, qkv(64, heads=4, kv_heads=2, width=80, dtype=jnp.bfloat16))
+    forward, backward = (line for line in text.splitlines() if "cudnn$" in line)
+    for line in (forward, backward):
+        assert "mask_type\\22: \\22NO_MASK" in line and "max_seg_per_batch\\22: 1" in line
+        assert "4x16x4x80xbf16" in line
 
 
 def test_auto_on_an_h200_runs_a_soft_cap_without_cudnn():

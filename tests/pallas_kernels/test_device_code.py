@@ -213,7 +213,7 @@ def launch(kernel, case, monkeypatch, record):
     """Has the Triton backend of a kernel launch into ``record``, with small blocks."""
     module = TRITON[kernel.name]
     monkeypatch.setattr(_triton, "call", record)
-    for code in ("device_code", "row_code", "float8_code"):
+    for code in ("device_code", "weight_code", "row_code", "float8_code"):
         monkeypatch.setattr(_triton, code, lambda: NAMES)
     monkeypatch.setattr(module, "refuses", lambda *_: None)
     config = module.Config(**{name: size for name, size in BLOCKS.items() if hasattr(module.Config, name)})

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.data.ladder import Shape, ladder, padding_waste, smallest_that_holds
+from jaxlora.data.ladder import Shape, frame_size, ladder, padding_waste, smallest_that_holds
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 400).map(lambda n: 4 * n)), min_size=1, max_size=40)
 ROWS = st.integers(1, 3)
@@ -34,6 +34,15 @@ def test_sizes_are_multiples_that_a_merge_of_two_divides(lengths):
     for shape in ladder(lengths):
         assert shape.tokens % 16 == 0 and shape.patches % 16 == 0
         assert shape.tokens % 128 == 0 or max(s for s, _ in lengths) <= 512
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 900), st.integers(0, 5)), min_size=1, max_size=20), st.integers(1, 300), ROWS)
+def test_frames_that_are_alike_fill_the_patches_of_every_rung(rows, frame, of_a_step):
+    lengths, frames = [(tokens, frame * count) for tokens, count in rows], [count for _, count in rows]
+    assert frame_size(lengths, frames) == (frame if any(frames) else None)
+    if any(frames):
+        assert all(shape.patches % frame == 0 for shape in ladder(lengths, rows=of_a_step, frame=frame))
 
 
 def test_two_lengths_get_two_rungs():

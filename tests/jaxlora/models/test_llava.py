@@ -194,6 +194,13 @@ def test_every_parameter_of_every_layer_that_a_feature_needs_moves_the_logits(na
     assert still == keys | {(path, layer) for path, layer in places if unused(name, path, layer)}
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_ANY_SIZE])
+def test_images_of_one_size_are_frames_alike(name):
+    apart, alike = (micro(name, patches=45, frame=frame) for frame in (None, 9))
+    assert alike.patch_segment_starts is None
+    assert np.abs(at_tokens(name, runner(name)(alike)) - at_tokens(name, runner(name)(apart))).max() <= PACKED_FP32
+
+
 FIELDS = ("patches", "position_ids", "patch_segment_lengths", "vision_index", "patch_positions")
 # CLIP knows how large an image is, and where each of its patches lies.
 OF_SOME_SIZE = ("patch_segment_lengths", "patch_positions")

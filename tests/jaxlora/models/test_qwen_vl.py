@@ -94,6 +94,18 @@ def test_an_image_is_the_same_beside_others_and_beside_padding(model_type):
 
 
 @every_model
+def test_frames_that_are_alike_have_the_features_that_they_have_as_segments(model_type):
+    values, pixels = qwen_vl.values_of(model_type), inputs_of(model_type)["pixel_values"]
+    grids = np.array([(1, 4, 6), (1, 6, 4), (1, 2, 12)])
+    ids = np.full((1, 18), values.vision.image_token_id)
+    inputs = {"input_ids": ids, "pixel_values": pixels[:72], "image_grid_thw": grids}
+    batches = [micro(model_type, inputs, patches=96, rows=1, frame=frame) for frame in (None, 24)]
+    assert [batch.patch_segment_starts is None for batch in batches] == [False, True]
+    apart, alike = (qwen_vl.features_of(shared_model(model_type), batch)[0, :18] for batch in batches)
+    assert np.abs(apart - alike).max() <= PACKED_FP32
+
+
+@every_model
 def test_what_is_in_the_padding_changes_nothing(model_type):
     batch = micro(model_type)
     noisy = {"patches": batch.patches.at[:, USED:].set(7.0), "patch_positions": batch.patch_positions.at[:, USED:].set(3)}
