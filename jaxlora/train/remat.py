@@ -11,7 +11,7 @@ from jaxlora.nn.scan import Scan
 
 # Tokens: products of this many rows are as fast as any, and weights are decoded anew for each tile.
 MLP_TILE = 8192
-# Where memory is no concern: on an H200 the two products of 512 tokens with a head of 152,064 x 3,584 take 2,110 us in a step.
+# Where memory is no concern: half as many products with the head, of twice the rows, for 0.4 GB of logits at 8B.
 LOSS_CHUNK = 1024
 CHOICES = (False, True, "unsloth", "attention", "dots", "auto")
 
