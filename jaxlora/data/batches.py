@@ -106,8 +106,8 @@ def make_batch(
     Each is a mapping with Hugging Face's names (numpy): input_ids [b, s], padded on either side; attention_mask, labels (not
     shifted), position_ids, segment_lengths [b, M] of packed rows, pixel_values with image_grid_thw or image_sizes,
     pixel_values_videos with video_grid_thw. Labels are shifted inside each segment, positions restart in each segment. ``images`` is
-    the number of vision segments (frames) a shard has room for; where all frames of the step have ``frame`` patches, it is as many as its
-    patches are room for, which are not said to start anywhere. Missing rows, and missing micro-batches up to ``accumulate``, are empty.
+    the number of vision segments (frames) a shard has room for. Where every frame of the step has ``frame`` patches, there is room for as
+    many as fill the shape's, and their starts go without saying. Missing rows, and missing micro-batches up to ``accumulate``, are empty.
 
     >>> ids = np.array([[5, 6, 7]])
     >>> batch = make_batch([{"input_ids": ids, "labels": ids}], ModelValues(pad_token_id=0), Shape(4), rows=1)
@@ -125,9 +125,9 @@ def make_batch(
     needed = max(
         (_windows(parsed[at : at + per_shard], values) for parsed in parsed_batches for at in range(0, rows, per_shard)), default=0
     )
-    alike = frame is not None and shape.patches % frame == 0 and _frames_alike(parsed_batches, frame)
-    batch = _empty(count, values, shape, (rows, segments, shape.patches // frame if alike and frame else images, shards), needed)
-    if alike:
+    room = None if frame is None else _room_for_frames(frame, shape.patches, parsed_batches)
+    batch = _empty(count, values, shape, (rows, segments, images if room is None else room, shards), needed)
+    if room is not None:
         batch = dataclasses.replace(batch, patch_segment_starts=None)
     for g, parsed in enumerate(parsed_batches):
         _refuse_what_does_not_fit(parsed, batch, f"micro-batch {g}")
@@ -285,9 +285,10 @@ def _positions_of(given: Any, b: int, kept: slice, lengths: tuple[int, ...], run
     return np.concatenate(pieces, axis=-1) if pieces else np.zeros((3, 0) if mrope else (0,), np.int32)
 
 
-def _frames_alike(parsed_batches: Sequence[Sequence[Row]], frame: int) -> bool:
-    """Whether every image and every frame of a video has so many patches."""
-    return all(run.grid[1] * run.grid[2] == frame for parsed in parsed_batches for row in parsed for run in row.runs)
+def _room_for_frames(frame: int, patches: int, parsed_batches: Sequence[Sequence[Row]]) -> int | None:
+    """How many frames of that size fill the patches; None where they do not, or an image or a frame of a video has another size."""
+    alike = all(run.grid[1] * run.grid[2] == frame for parsed in parsed_batches for row in parsed for run in row.runs)
+    return patches // frame if alike and patches % frame == 0 else None
 
 
 def _windows(rows: Sequence[Row], values: ModelValues) -> int:

@@ -255,7 +255,7 @@ def run_blocks(
 
 
 def frames(batch: Batch) -> Segments | Alike:
-    """What the patches of a batch attend within: their own frame, or what is left of a shard's room for frames that are all alike."""
+    """What the patches of a batch attend within: their frame, or where all frames are alike the room for one."""
     starts, lengths = batch.patch_segment_starts, batch.patch_segment_lengths
     return Alike(lengths.shape[-1]) if starts is None else (starts, lengths)
 

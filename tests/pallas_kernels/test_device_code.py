@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,13 @@ def test_triton_needs_the_version_whose_results_are_parameters(monkeypatch, abse
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     assert _triton.missing.__wrapped__() == reason
+
+
+def test_triton_calls_carry_no_source():
+    library = types.SimpleNamespace(TritonKernel=lambda *fields: fields, create_scalar_parameter=len)
+    lean = _triton._without_sources(library)
+    assert lean.TritonKernel("matmul", 4, 1, 512, "ptx", "ttir", 90) == ("matmul", 4, 1, 512, "ptx", "", 90)
+    assert lean.create_scalar_parameter is len
 
 
 def recorded(name, case, calls):
