@@ -23,7 +23,8 @@ from benchmarks import results, workload
 from benchmarks.geometries import GEOMETRIES, text_layers, with_layers
 from benchmarks.random_weights import random_model
 from jaxlora.adapt import LoRAConfig, attach, partition, select_from
-from jaxlora.data.batches import Batch, ModelValues, make_batch
+from jaxlora.data.batches import Batch, make_batch
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.ladder import Shape
 from jaxlora.load import multiply_in_float8
 from jaxlora.models import registry

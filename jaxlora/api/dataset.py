@@ -7,8 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxlora.data.batches import Batch, ModelValues, make_batch
+from jaxlora.data.batches import Batch, make_batch
 from jaxlora.data.chat import IGNORE, ChatOptions, Encoded, encode
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.ladder import frame_size, ladder, padding_waste, smallest_that_holds
 from jaxlora.data.order import DataState, next_rows
 from jaxlora.data.packing import pack

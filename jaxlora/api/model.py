@@ -15,7 +15,8 @@ from rich.progress import Progress
 from jaxlora import export
 from jaxlora.adapt import LoRAConfig
 from jaxlora.api import folders
-from jaxlora.data.batches import IGNORE, Batch, make_batch, split_rows, token_spans
+from jaxlora.data.batches import Batch, make_batch
+from jaxlora.data.inputs import IGNORE, split_rows, token_spans
 from jaxlora.data.ladder import Shape
 from jaxlora.errors import nearest
 from jaxlora.generate.decode import generate

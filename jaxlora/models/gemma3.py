@@ -14,7 +14,8 @@ from flax import nnx
 
 from conversion.hf_config import REQUIRED, split_text, take
 from conversion.rules import Rules
-from jaxlora.data.batches import Batch, ModelValues
+from jaxlora.data.batches import Batch
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.positions import VisionValues
 from jaxlora.errors import raise_all
 from jaxlora.models import gemma3_text, gemma_shared

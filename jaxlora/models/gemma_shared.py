@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlora.data.batches import ModelValues
+from jaxlora.data.inputs import ModelValues
 from jaxlora.models import text
 from jaxlora.nn.decoder import DecoderConfig
 

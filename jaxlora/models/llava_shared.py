@@ -10,7 +10,8 @@ from flax import nnx
 
 from conversion.hf_config import REQUIRED, split_text, take
 from conversion.rules import Rules
-from jaxlora.data.batches import Batch, ModelValues
+from jaxlora.data.batches import Batch
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.positions import VisionValues
 from jaxlora.models import llama, mistral
 from jaxlora.models.image_text import SPELLINGS, TIES, ImageTextLM

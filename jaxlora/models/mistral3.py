@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxlora.data.batches import ModelValues
+from jaxlora.data.inputs import ModelValues
 from jaxlora.models import llava_shared
 from jaxlora.models.image_text import lengthen
 from jaxlora.models.llava_shared import LlavaConfig

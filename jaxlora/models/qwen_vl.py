@@ -9,7 +9,8 @@ from flax import nnx
 
 from conversion.hf_config import REQUIRED, rope, split_text, take
 from conversion.rules import Rename, Rules, Spelling, same
-from jaxlora.data.batches import Batch, ModelValues
+from jaxlora.data.batches import Batch
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.positions import VisionValues
 from jaxlora.errors import raise_all
 from jaxlora.models import text

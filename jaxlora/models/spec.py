@@ -7,7 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from conversion.rules import Rules
-from jaxlora.data.batches import Batch, ModelValues
+from jaxlora.data.batches import Batch
+from jaxlora.data.inputs import ModelValues
 from jaxlora.nn.decoder import Execution, Head
 from jaxlora.typing import Array, Float, Int
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from conversion.hf_config import REQUIRED, Rope
 from conversion.rules import Rules, Spelling, same
-from jaxlora.data.batches import Batch, ModelValues
+from jaxlora.data.batches import Batch
+from jaxlora.data.inputs import ModelValues
 from jaxlora.nn.decoder import Decoder, DecoderConfig, Execution, Head, head_of
 from jaxlora.nn.linear import Linear
 from jaxlora.nn.rope import lengthened

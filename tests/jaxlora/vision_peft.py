@@ -8,7 +8,7 @@ import tempfile
 
 import numpy as np
 
-from jaxlora.data.batches import ModelValues
+from jaxlora.data.inputs import ModelValues
 from jaxlora.load import Loaded
 from jaxlora.nn.stack import linear_paths
 from jaxlora.select import by_flags

@@ -189,7 +189,7 @@ MUTANTS = [
     Mutant("jaxlora/data/batches.py", "np.append(row.labels[1:], IGNORE)[:n]", "row.labels[:n].copy()", "labels are not shifted", BATCHES),
     Mutant("jaxlora/data/batches.py", "    shifted[starts[1:] - 1] = IGNORE\n", "", "a document predicts the next one", BATCHES),
     Mutant(
-        "jaxlora/data/batches.py", "else np.arange(length))\n", "else at + np.arange(length))\n", "positions run on in packed rows", BATCHES
+        "jaxlora/data/inputs.py", "else np.arange(length))\n", "else at + np.arange(length))\n", "positions run on in packed rows", BATCHES
     ),
     Mutant(
         "jaxlora/data/padding.py",

@@ -6,7 +6,7 @@ import pytest
 
 from jaxlora.api.collator import UnslothVisionDataCollator
 from jaxlora.api.dataset import Batches, CollatedSource
-from jaxlora.data.batches import ModelValues
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.positions import VisionValues
 from jaxlora.data.processors import load_processor
 from jaxlora.nn.decoder import Execution

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.data.batches import ModelValues, labelled_tokens, make_batch, token_spans
+from jaxlora.data.batches import labelled_tokens, make_batch
+from jaxlora.data.inputs import ModelValues, token_spans
 from jaxlora.data.ladder import Shape
 from jaxlora.data.positions import VisionValues
 

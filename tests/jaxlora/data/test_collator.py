@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from jaxlora.api.collator import UnslothVisionDataCollator, VisionDataCollator
-from jaxlora.data.batches import ModelValues, make_batch
+from jaxlora.data.batches import make_batch
 from jaxlora.data.collate import media_ids
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.ladder import Shape
 from jaxlora.data.positions import VisionValues
 from jaxlora.data.processors import load_processor

@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor as TheirProcessor
 
-from jaxlora.data.batches import ModelValues, make_batch
+from jaxlora.data.batches import make_batch
 from jaxlora.data.collate import CollateOptions, collate, measure_row
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.ladder import Shape
 from jaxlora.data.patches import patches_of
 from jaxlora.data.positions import VisionValues

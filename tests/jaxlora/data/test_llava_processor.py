@@ -14,8 +14,9 @@ from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from jaxlora.data.batches import ModelValues, make_batch
+from jaxlora.data.batches import make_batch
 from jaxlora.data.collate import CollateOptions, collate, measure_row
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.ladder import Shape
 from jaxlora.data.llava import PixtralProcessor
 from jaxlora.data.patches import patches_of

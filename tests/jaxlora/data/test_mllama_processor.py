@@ -8,8 +8,9 @@ from transformers import AutoTokenizer
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.mllama.processing_mllama import MllamaProcessor as TheirProcessor
 
-from jaxlora.data.batches import ModelValues, make_batch
+from jaxlora.data.batches import make_batch
 from jaxlora.data.collate import CollateOptions, collate, measure_row
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.ladder import Shape
 from jaxlora.data.positions import VisionValues
 from jaxlora.data.processors import load_processor

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.data.batches import ModelValues, make_batch
+from jaxlora.data.batches import make_batch
 from jaxlora.data.chat import Encoded
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.ladder import Shape
 from jaxlora.data.packing import first_fit_decreasing, pack
 

@@ -6,7 +6,8 @@ import numpy as np
 from flax import nnx
 
 from jaxlora.adapt import LoRAConfig, attach, partition
-from jaxlora.data.batches import ModelValues, make_batch
+from jaxlora.data.batches import make_batch
+from jaxlora.data.inputs import ModelValues
 from jaxlora.data.ladder import Shape
 from jaxlora.nn.decoder import Head
 from jaxlora.nn.linear import Linear
