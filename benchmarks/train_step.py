@@ -44,9 +44,8 @@ OPTIMIZER = OptimConfig(learning_rate=1e-4, lr_scheduler_type="constant", max_gr
 def batch_of(config: Mapping[str, Any], values: ModelValues, rows: int, sequence: int) -> Batch:
     """The workload of every benchmark, laid out for a step."""
     image = workload.make_image(config, rows)
-    shape = Shape(sequence, 0 if image is None else rows * image.patches)
-    frame = None if image is None else image.patches
-    return make_batch([workload.make_inputs(config, rows, sequence)], values, shape, rows=rows, images=rows, frame=frame)
+    shape = Shape(sequence) if image is None else Shape(sequence, rows * image.patches, image.patches)
+    return make_batch([workload.make_inputs(config, rows, sequence)], values, shape, rows=rows, images=rows)
 
 
 def make_trees(config: Mapping[str, Any], args: argparse.Namespace) -> tuple[Any, Any, Any]:

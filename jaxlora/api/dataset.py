@@ -107,8 +107,8 @@ class Batches:
     ):
         self.source, self.values, self.rows, self.accumulate = source, values, rows, accumulate
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.frame = frame_size(source.lengths, source.frames)
-        self.shapes = ladder(source.lengths, rows=rows, shards_per_step=accumulate, frame=self.frame)
+        frame = frame_size(source.lengths, source.frames)
+        self.shapes = ladder(source.lengths, rows=rows, shards_per_step=accumulate, frame=frame)
         self.waste = padding_waste(self.shapes, source.lengths, rows=rows, shards_per_step=accumulate)
         # A static size too, so it is the most that any micro-batch of any order can have.
         self.frames = sum(sorted(source.frames)[-rows:])
@@ -140,7 +140,7 @@ class Batches:
         return make_batch([], self.values, self.shapes[-1], rows=self.rows, **self._sizes())
 
     def _sizes(self) -> dict[str, Any]:
-        return {"segments": self.source.segments, "images": self.frames, "accumulate": self.accumulate, "frame": self.frame}
+        return {"segments": self.source.segments, "images": self.frames, "accumulate": self.accumulate}
 
     def epoch(self, step: int) -> float:
         """How many epochs ``step`` steps are."""

@@ -71,15 +71,14 @@ def make_batch(
     images: int = 0,
     shards: int = 1,
     accumulate: int | None = None,
-    frame: int | None = None,
 ) -> Batch:
     """Lays micro-batches of ``rows`` rows or fewer out in the static sizes of ``shape``.
 
     Each is a mapping with Hugging Face's names (numpy): input_ids [b, s], padded on either side; attention_mask, labels (not
     shifted), position_ids, segment_lengths [b, M] of packed rows, pixel_values with image_grid_thw or image_sizes,
     pixel_values_videos with video_grid_thw. Labels are shifted inside each segment, positions restart in each segment. ``images`` is
-    the number of vision segments (frames) a shard has room for. Where every frame of the step has ``frame`` patches, there is room for as
-    many as fill the shape's, and their starts go without saying. Missing rows, and missing micro-batches up to ``accumulate``, are empty.
+    the number of vision segments (frames) a shard has room for. Where every frame of the step is the shape's, there is room for as many
+    as fill its patches, and their starts go without saying. Missing rows, and missing micro-batches up to ``accumulate``, are empty.
 
     >>> ids = np.array([[5, 6, 7]])
     >>> batch = make_batch([{"input_ids": ids, "labels": ids}], ModelValues(pad_token_id=0), Shape(4), rows=1)
@@ -97,7 +96,7 @@ def make_batch(
     needed = max(
         (_windows(parsed[at : at + per_shard], values) for parsed in parsed_batches for at in range(0, rows, per_shard)), default=0
     )
-    room = None if frame is None else _room_for_frames(frame, shape.patches, parsed_batches)
+    room = None if shape.frame is None else _room_for_frames(shape.frame, shape.patches, parsed_batches)
     batch = _empty(count, values, shape, (rows, segments, images if room is None else room, shards), needed)
     if room is not None:
         batch = dataclasses.replace(batch, patch_segment_starts=None)

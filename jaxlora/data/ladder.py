@@ -15,10 +15,12 @@ _STEPS_TRIED = 2048
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-    """The static sizes of a step: S tokens a row, V vision patches a data shard of one micro-batch."""
+    """The static sizes of a step: S tokens a row, V vision patches a data shard of one micro-batch; and the patches of every frame, where a
+    run's frames are all alike."""
 
     tokens: int
     patches: int = 0
+    frame: int | None = dataclasses.field(default=None, repr=False)
 
     def holds(self, tokens: int, patches: int) -> bool:
         """Whether a step of this size fits.
@@ -78,7 +80,7 @@ def ladder(
             break
         chosen.append(candidates[best])
         current = np.where(holds[:, best], np.minimum(costs[best], current), current)
-    return tuple(sorted({Shape(int(tokens), int(patches)) for tokens, patches in chosen}))
+    return tuple(sorted({Shape(int(tokens), int(patches), frame) for tokens, patches in chosen}))
 
 
 def smallest_that_holds(shapes: Sequence[Shape], tokens: int, patches: int = 0, *, rows: int = 1) -> Shape:

@@ -52,8 +52,8 @@ def test_the_room_for_frames_is_that_of_the_rows_with_most(made):
 
 def test_images_of_one_size_are_frames_alike_in_every_step(batches, processor):
     of_one, of_two = ([batch for _, batch in zip(range(len(IMAGES)), each, strict=False)] for each in (batches, mixed(processor)))
-    assert batches.frame == 16 and all(batch.patch_segment_starts is None for batch in of_one)
-    assert mixed(processor).frame is None
+    assert {shape.frame for shape in batches.shapes} == {16} and all(batch.patch_segment_starts is None for batch in of_one)
+    assert {shape.frame for shape in mixed(processor).shapes} == {None}
     assert all(batch.patches is None or batch.patch_segment_starts is not None for batch in of_two)
 
 
@@ -65,7 +65,7 @@ def test_rows_that_are_alike_by_their_mean_alone_are_segments(processor):
     different = {"messages": [{"role": "user", "content": [row(1, height)["messages"][0]["content"][1] for height in (56, 112)]}]}
     different["messages"].append(row(1)["messages"][1])
     batches = Batches(*source([row(1, 84), different], processor), rows=1, accumulate=1, seed=0, shuffle=False)
-    assert batches.frame == 24
+    assert {shape.frame for shape in batches.shapes} == {24}
     alike, apart = (batches.batch([i]) for i in range(2))
     assert alike.patch_segment_starts is None
     assert apart.patch_segment_lengths[0, 0].tolist() == [16, 32]

@@ -96,14 +96,14 @@ def test_frames_that_are_alike_have_a_room_each_and_no_starts(kind):
     if kind == "video":
         pixels = {"pixel_values_videos": np.zeros((16, 6), np.float32), "video_grid_thw": np.array([[2, 2, 4]])}
         inputs, count = {"input_ids": np.array([[8, 4, 4, 4, 4, 9]]), **pixels}, 2
-    batch = make_batch([inputs], VISION_MODEL, Shape(9, 40), rows=3, images=4, frame=8)
+    batch = make_batch([inputs], VISION_MODEL, Shape(9, 40, 8), rows=3, images=4)
     assert batch.patch_segment_starts is None
     assert batch.patch_segment_lengths[0, 0].tolist() == [8] * count + [0] * (5 - count)
 
 
 @pytest.mark.parametrize(("patches", "grid", "frame"), [(40, (1, 2, 2), 8), (36, (1, 2, 4), 8), (40, (1, 2, 4), None)])
 def test_frames_that_are_not_alike_or_do_not_fill_the_room_are_segments(patches, grid, frame):
-    batch = make_batch([with_images([image_row(grid)], [grid])], VISION_MODEL, Shape(9, patches), rows=1, images=2, frame=frame)
+    batch = make_batch([with_images([image_row(grid)], [grid])], VISION_MODEL, Shape(9, patches, frame), rows=1, images=2)
     assert batch.patch_segment_starts[0, 0].tolist() == [0, 0]
     assert batch.patch_segment_lengths[0, 0].tolist() == [4 if grid == (1, 2, 2) else 8, 0]
 

@@ -42,7 +42,8 @@ def test_frames_that_are_alike_fill_the_patches_of_every_rung(rows, frame, of_a_
     lengths, frames = [(tokens, frame * count) for tokens, count in rows], [count for _, count in rows]
     assert frame_size(lengths, frames) == (frame if any(frames) else None)
     if any(frames):
-        assert all(shape.patches % frame == 0 for shape in ladder(lengths, rows=of_a_step, frame=frame))
+        shapes = ladder(lengths, rows=of_a_step, frame=frame)
+        assert all(shape.patches % frame == 0 and shape.frame == frame for shape in shapes)
 
 
 def test_two_lengths_get_two_rungs():

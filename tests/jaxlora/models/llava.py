@@ -64,9 +64,9 @@ def by_patch(name, ours, theirs):
     return np.asarray(ours)[0, : len(rows)], rows
 
 
-def micro(name, given=None, *, tokens=TOKENS, patches=None, rows=3, **options) -> Batch:
+def micro(name, given=None, *, tokens=TOKENS, patches=None, frame=None, rows=3, **options) -> Batch:
     """One micro-batch on the device: the reference's inputs unless others are given."""
-    shape = Shape(tokens, PATCHES[name] if patches is None else patches)
+    shape = Shape(tokens, PATCHES[name] if patches is None else patches, frame)
     batch = make_batch([given or inputs(name)], values(name), shape, rows=rows, images=IMAGES, **options)
     return jax.tree.map(lambda a: jnp.asarray(a[0]), batch)
 

@@ -54,10 +54,10 @@ def at_tokens(model_type, array):
     return np.asarray(array)[:, : mask.shape[1]][mask]
 
 
-def micro(model_type, inputs=None, values=None, tokens=TOKENS, patches=PATCHES, rows=4, **options) -> Batch:
+def micro(model_type, inputs=None, values=None, tokens=TOKENS, patches=PATCHES, rows=4, shards=1, frame=None) -> Batch:
     """One micro-batch on the device: the reference's inputs unless others are given."""
     inputs, values = inputs or inputs_of(model_type), values or hf5(model_type)
-    batch = make_batch([inputs], values, Shape(tokens, patches), rows=rows, images=FRAMES, **options)
+    batch = make_batch([inputs], values, Shape(tokens, patches, frame), rows=rows, images=FRAMES, shards=shards)
     return jax.tree.map(lambda a: jnp.asarray(a[0]), batch)
 
 
